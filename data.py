@@ -1,0 +1,177 @@
+"""CIFAR-10 as fastai `DataLoaders`: where the images come from, their augmentation, and a loader of whole batches."""
+from fastai.vision.all import *
+from torchvision.io import ImageReadMode, decode_image
+
+SIZE = 32
+SHOW_PROGRESS = sys.stdout.isatty() or IN_NOTEBOOK  # a bar in a log file is noise
+MEAN_COLOUR = [round(255 * m) for m in cifar_stats[0]]  # zero once normalised, up to the rounding of a byte
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message is one line that names the culprit and the way out."""
+
+
+def get_data(path: str | Path | None = None) -> Path:
+    """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `DataError`."""
+    if path is not None: return Path(path)
+    try: return untar_data(URLs.CIFAR)
+    except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib a dozen kinds of OSError
+        raise DataError(f'CIFAR-10 could not be downloaded ({" ".join(str(e).split()) or type(e).__name__}); '
+                        'check the network, or pass a folder that holds it: --data DIR') from e
+
+
+def image_files(path: str | Path) -> L:
+    """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted. Raises `DataError` for any other layout."""
+    path = Path(path)
+    if not path.is_dir(): raise DataError(f'data folder {path} {"is not a folder" if path.exists() else "does not exist"}')
+    classes = {}
+    for split in ('train', 'test'):
+        if not (path/split).is_dir(): raise DataError(f'data folder {path} has no folder "{split}"')
+        classes[split] = {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
+    if odd := sorted(classes['train'] ^ classes['test']):
+        has, lacks = ('train', 'test') if odd[0] in classes['train'] else ('test', 'train')
+        raise DataError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}')
+    files = get_image_files(path, folders=['train', 'test']).sorted()  # a directory's own order differs between machines
+    counts = Counter(f.parent for f in files)
+    if not files: raise DataError(f'data folder {path} holds no images; expected {path/"train"/"<class>"/"*.png"}')
+    if len(classes['train']) < 2: raise DataError(f'{path/"train"} has fewer than two class folders')
+    if stray := first(f for f in files if f.parent.parent.parent != path):
+        raise DataError(f'{stray} is not where an image belongs: {stray.parents[1]/"<class>"/"<image>"}' if
+                        stray.parent.parent == path else f'{stray} lies too deep: images belong into <split>/<class>')
+    for split in ('train', 'test'):
+        for c in sorted(classes[split]):
+            if not counts[path/split/c]: raise DataError(f'class folder {path/split/c} holds no images')
+    return files
+
+
+class Augmentation(DisplayedTransform):
+    """An item transform for training images: uint8 `TensorImage`, one image (3, H, W) or a batch (N, 3, H, W).
+
+    Every image of a batch draws its own randomness, from torch's global CPU generator whatever device the images are on.
+    """
+    split_idx = 0  # the training set only
+
+    def encodes(self, x: TensorImage) -> TensorImage:
+        batch = x.as_subclass(Tensor)
+        return TensorImage(self.augment(batch) if x.ndim == 4 else self.augment(batch[None])[0])
+
+    def draw(self, high: int, x: Tensor) -> Tensor:
+        """An integer in [0, high) for each image of the batch `x`, (N,) int64 on its device."""
+        return torch.randint(high, (len(x),)).to(x.device)
+
+
+def mean_colour(x: Tensor) -> Tensor:
+    """The data set's mean colour on the device of `x`, (3,) uint8."""
+    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=x.device)
+
+
+def windows(x: Tensor, h: int, w: int) -> Tensor:
+    """A view of every h × w window of the images (N, C, H, W): (N, H-h+1, W-w+1, C, h, w)."""
+    return x.permute(0, 2, 3, 1).unfold(1, h, 1).unfold(2, w, 1)
+
+
+class PadCrop(Augmentation):
+    """Pads every side with `pad` pixels of the mean colour, then crops the original size at a random place."""
+    order = 6  # item transforms run in this order, after ToTensor (5)
+
+    def __init__(self, pad: int = 4): self.pad = pad
+
+    def augment(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        p = self.pad
+        row = mean_colour(x).repeat(w + 2*p)
+        padded = row.repeat(n, h + 2*p, 1).unflatten(2, (w + 2*p, c)).permute(0, 3, 1, 2)  # channels-last memory
+        padded[:, :, p:p+h, p:p+w] = x
+        return windows(padded, h, w)[torch.arange(n, device=x.device), self.draw(2*p + 1, x), self.draw(2*p + 1, x)]
+
+
+class FlipLR(Augmentation):
+    """Mirrors each image left-right with probability ½."""
+    order = 7
+
+    def augment(self, x: Tensor) -> Tensor:
+        return torch.where(self.draw(2, x).bool()[:, None, None, None], x.flip(-1), x)
+
+
+class Cutout(Augmentation):
+    """Covers a `size` × `size` square at a random place inside the image with the mean colour (arXiv:1708.04552)."""
+    order = 8
+
+    def __init__(self, size: int = 8): self.size = size
+
+    def augment(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        holes = windows(x, self.size, self.size)
+        top, left = self.draw(holes.shape[1], x), self.draw(holes.shape[2], x)
+        holes[torch.arange(len(x), device=x.device), top, left] = mean_colour(x)[:, None, None]
+        return x
+
+
+class BatchDL(TfmdDL):
+    """A `TfmdDL` that makes whole batches from `dataset.images`, if the data set has them, else item by item as ever.
+
+    The images belong on the data set: `new()`, and with it every `test_dl`, `predict` and export, drops a loader's own
+    attributes. The item transforms are the same `after_item` pipeline, called once a batch.
+    """
+
+    def create_batches(self, samps):
+        images, labels = getattr(self.dataset, 'images', None), getattr(self.dataset, 'labels', None)
+        if images is None:
+            yield from super().create_batches(samps)
+            return
+        for idxs in self.chunkify(samps):
+            idxs = torch.tensor(idxs, device=images.device)
+            yield self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
+
+
+def decode_image_file(file: Path) -> Tensor:
+    """The image in `file` as RGB: (3, 32, 32) uint8. Raises `DataError`."""
+    try: image = decode_image(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError, OSError):  # torchvision is fast but knows few formats; Pillow also explains itself
+        try: image = image2tensor(PILImage.create(file))
+        except Exception as e: raise DataError(f'{file} cannot be read as an image ({e})') from e
+    if image.shape[1:] != (SIZE, SIZE):
+        raise DataError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize it or leave it out')
+    return image
+
+
+def _decode_chunk(files: list[Path]) -> Tensor | DataError:
+    # An exception would come back from a worker process wrapped in its traceback: returned, it stays one line.
+    try: return torch.stack([decode_image_file(f).permute(1, 2, 0) for f in files])
+    except DataError as e: return e
+
+
+def decode_images(files: list[Path]) -> Tensor:
+    """The images in `files`, decoded on all cores: (N, 3, 32, 32) uint8 in channels-last memory. Raises `DataError`."""
+    # Processes, since threads would queue for Python's lock. Where processes cannot fork, starting them costs more.
+    workers = min(defaults.cpus, len(files) // 1000) if sys.platform == 'linux' else 0
+    loader = torch.utils.data.DataLoader(files, batch_size=500, collate_fn=_decode_chunk, num_workers=workers)
+    chunks = []
+    for chunk in progress_bar(loader, leave=False) if SHOW_PROGRESS else loader:
+        if isinstance(chunk, DataError): raise chunk
+        chunks.append(chunk)
+    return torch.cat(chunks).permute(0, 3, 1, 2)
+
+
+def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_workers: int | None = None,
+            device: torch.device | None = None) -> DataLoaders:
+    """`DataLoaders` of the folder `path` (see `image_files`), as a `DataBlock` builds them.
+
+    Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory` (bs,).
+    Training batches are shuffled and augmented, the last partial one is dropped; test images are only normalised.
+    By default all images are decoded once, into the memory of `device`; with `stock_loader` fastai's own loader decodes and
+    augments item by item in `num_workers` processes. Raises `DataError`.
+    """
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=image_files, get_y=parent_label,
+                      splitter=GrandparentSplitter(train_name='train', valid_name='test'),
+                      item_tfms=[PadCrop(4), FlipLR(), Cutout(8)], batch_tfms=Normalize.from_stats(*cifar_stats),
+                      dl_type=TfmdDL if stock_loader else BatchDL)
+    dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers if stock_loader else 0, device=device)
+    if len(dls.train) == 0:
+        raise DataError(f'{path} has {len(dls.train_ds)} training images, fewer than one batch of {bs}; lower --bs')
+    if not stock_loader:
+        class_index = dls.vocab.o2i
+        for ds in (dls.train_ds, dls.valid_ds):
+            ds.images = decode_images(ds.items).to(dls.device)
+            ds.labels = tensor([class_index[f.parent.name] for f in ds.items]).to(dls.device)
+    return dls
