@@ -36,8 +36,8 @@ class ResBlock(nn.Module):
 class LogSoftmax(nn.Module):
     """The assignment's SoftMax stage as log-probabilities: (N, C), any float dtype → (N, C), float32.
 
-    Cross-entropy applies log-softmax itself. After a plain softmax that flattens the gradients; after this one it changes
-    nothing, since log-softmax of log-probabilities is the identity. `exp` of the output gives the probabilities.
+    Cross-entropy applies log-softmax itself. After a plain softmax that flattens the gradients; after this one it
+    changes nothing: log-softmax of log-probabilities is the identity. `exp` of the output gives the probabilities.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""What watches or steers training: seeds, history, schedule, final predictions, precision, and an end at a NaN."""
+"""What watches or steers training: seeds, history, final predictions, precision, an end at a NaN, checkpoints."""
+import contextlib
+import io
+import pickle
+import zipfile
+
 from fastai.vision.all import *
 
 
@@ -21,8 +26,9 @@ class SeedEpochs(Callback):
 class History(Callback):
     """Records the training run: `rows`, a dict an epoch, and `schedule`, the LR and momentum of every training batch.
 
-    It also mends the recorder's log, and with it the printed table: epochs count from 1 and `train_loss` is the mean over
-    the epoch's batches, not a smoothed value. `seconds_training` counts training alone, a row's `seconds` the test too.
+    It also mends the recorder's log, and with it the printed table: epochs count from 1 and `train_loss` is the mean
+    over the epoch's batches, not a smoothed value. `seconds_training` is training alone, a row's `seconds` an epoch
+    with its test.
     """
     order = Recorder.order + 1
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
@@ -48,12 +54,13 @@ class History(Callback):
         self.recorder.log[:2] = [self.epoch + 1, self.train_loss.value.item()]
 
     def after_validate(self):
-        if len(self.recorder.log) == len(self.columns) - 1:  # a bare `learn.validate()` has no training half
-            self.rows.append(dict(zip(self.columns, [*self.recorder.log, time.perf_counter() - self.start])))
+        row = [*self.recorder.log, time.perf_counter() - self.start]
+        if len(row) == len(self.columns):  # a bare `learn.validate()` has no training half
+            self.rows.append(dict(zip(self.columns, row, strict=True)))
 
 
 class FinalPredictions(Callback):
-    """Keeps what the network said of each test image in the latest validation: the final model's, once training is over.
+    """Keeps what the network said of each test image in the latest validation: after training, the final model's.
 
     `log_probs` (N, classes), `targets` (N,) and `losses` (N,) are on the CPU, in the order of `dls.valid_ds.items`.
     """
@@ -112,18 +119,9 @@ class StopOnNaN(TerminateOnNaNCallback):
 
     def after_batch(self):
         if not torch.isfinite(self.loss):
-            batch = f'batch {self.iter + 1} of {self.n_iter}'
-            self.where = f'{batch} of epoch {self.epoch + 1}' if self.training else f'the test after epoch {self.epoch + 1}'
+            if self.training: self.where = f'batch {self.iter + 1} of {self.n_iter} of epoch {self.epoch + 1}'
+            else: self.where = f'the test after epoch {self.epoch + 1}'
         super().after_batch()
-
-
-class RunFolder(Callback):
-    """Writes the history so far into the learner's folder after every epoch."""
-    order = History.order + 1
-
-    def after_epoch(self):
-        for name, rows in (('history', self.history.rows), ('schedule', self.history.schedule)):
-            pd.DataFrame(rows).to_csv(self.path/f'{name}.csv', index=False)
 
 
 class PlainLog(Callback):
@@ -137,3 +135,106 @@ class PlainLog(Callback):
 
     def write(self, row):
         print('  '.join((f'{o:.6f}' if isinstance(o, float) else str(o)).ljust(14) for o in row).rstrip(), flush=True)
+
+
+class CheckpointError(RuntimeError):
+    """A file of a run cannot be written, read or trusted; the message is one line that names it."""
+
+
+def write_whole(file: Path, content: bytes):
+    """Puts `content` in place of `file` at once: whatever happens meanwhile, the old or the new one is there, whole.
+
+    Raises `CheckpointError`.
+    """
+    part = file.with_name(file.name + '.part')
+    try:
+        with part.open('wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(file)
+    except BaseException as e:
+        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
+        if not isinstance(e, OSError): raise
+        raise CheckpointError(f'{file} could not be written ({e.strerror})') from e
+
+
+def save_csv(file: Path, rows: list[dict], columns: list[str] | None = None):
+    write_whole(file, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
+
+
+def save_state(file: Path, state: dict):
+    """`torch.save` by way of `write_whole`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(file, buffer.getbuffer())
+
+
+def load_state(file: Path) -> dict:
+    """What `torch.save` put into `file`: tensors and plain values only, no code of the file is run.
+
+    Raises `CheckpointError` for a file that is missing, damaged or holds anything else.
+    """
+    try:
+        with zipfile.ZipFile(file) as z:  # torch writes checksums but does not verify them
+            if broken := z.testzip(): raise CheckpointError(f'{file} is damaged (at {broken})')
+        return torch.load(file, map_location='cpu', weights_only=True)
+    except FileNotFoundError as e: raise CheckpointError(f'{file} does not exist') from e
+    except OSError as e: raise CheckpointError(f'{file} cannot be read ({e.strerror})') from e
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(f'{file} holds more than weights and plain values; it was not opened') from e
+    except CheckpointError: raise
+    except Exception as e: raise CheckpointError(f'{file} is damaged ({" ".join(str(e).split())[:100]})') from e
+
+
+class ResumableLearner(Learner):
+    """A `Learner` whose `fit` begins at `first_epoch`; fastai's own argument fires events for the skipped epochs."""
+    first_epoch = 0
+
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+
+class Checkpoint(Callback):
+    """Saves the run before its first and after every epoch to the learner's folder, or goes on from `state`.
+
+    Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. `header` is stored as is; `start`
+    is when the process began, by `time.perf_counter()`.
+    """
+    order = History.order + 1
+    file = 'checkpoint.pth'
+
+    def __init__(self, header: dict, start: float, state: dict | None = None):
+        self.header, self.state = header, state
+        self.start = start - (state['seconds_total'] if state else 0)
+
+    def seconds_total(self) -> float: return time.perf_counter() - self.start
+
+    def before_fit(self):
+        if self.state is None: self.save(epochs_done=0)
+        else: self.restore(self.state)
+
+    def after_epoch(self): self.save(self.epoch + 1)
+
+    def save(self, epochs_done: int):
+        h, smooth = self.history, self.recorder.smooth_loss
+        save_csv(self.path/'history.csv', h.rows, list(History.columns))
+        save_csv(self.path/'schedule.csv', h.schedule, ['batch', 'lr', 'momentum'])
+        save_state(self.path/self.file, dict(
+            self.header, epochs_done=epochs_done, model=self.model.state_dict(),
+            opt=self.opt.state_dict()['state'],  # its LR and momentum are the schedule's to set
+            scaler=self.scaler.state_dict() if hasattr(self.learn, 'precision') else {},
+            smooth_loss=[float(smooth.val), smooth.count], rows=h.rows, schedule=h.schedule,
+            seconds_training=h.seconds_training, seconds_total=self.seconds_total()))
+
+    def restore(self, s: dict):
+        self.learn.first_epoch = s['epochs_done']
+        self.model.load_state_dict(s['model'])
+        self.opt.load_state_dict(dict(self.opt.state_dict(), state=s['opt']))
+        if s['scaler']: self.scaler.load_state_dict(s['scaler'])
+        smooth = self.recorder.smooth_loss
+        smooth.val, smooth.count = tensor(s['smooth_loss'][0]), s['smooth_loss'][1]
+        h = self.history
+        h.rows, h.schedule, h.seconds_training = s['rows'], s['schedule'], s['seconds_training']

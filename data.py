@@ -1,4 +1,6 @@
 """CIFAR-10 as fastai `DataLoaders`: where the images come from, their augmentation, and a loader of whole batches."""
+import hashlib
+
 from fastai.vision.all import *
 from torchvision.io import ImageReadMode, decode_image
 
@@ -15,7 +17,7 @@ def get_data(path: str | Path | None = None) -> Path:
     """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `DataError`."""
     if path is not None: return Path(path)
     try: return untar_data(URLs.CIFAR)
-    except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib a dozen kinds of OSError
+    except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib many kinds of OSError
         raise DataError(f'CIFAR-10 could not be downloaded ({" ".join(str(e).split()) or type(e).__name__}); '
                         'check the network, or pass a folder that holds it: --data DIR') from e
 
@@ -23,7 +25,8 @@ def get_data(path: str | Path | None = None) -> Path:
 def image_files(path: str | Path) -> L:
     """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted. Raises `DataError` for any other layout."""
     path = Path(path)
-    if not path.is_dir(): raise DataError(f'data folder {path} {"is not a folder" if path.exists() else "does not exist"}')
+    if not path.exists(): raise DataError(f'data folder {path} does not exist')
+    if not path.is_dir(): raise DataError(f'{path} is a file, not a data folder')
     classes = {}
     for split in ('train', 'test'):
         if not (path/split).is_dir(): raise DataError(f'data folder {path} has no folder "{split}"')
@@ -31,7 +34,7 @@ def image_files(path: str | Path) -> L:
     if odd := sorted(classes['train'] ^ classes['test']):
         has, lacks = ('train', 'test') if odd[0] in classes['train'] else ('test', 'train')
         raise DataError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}')
-    files = get_image_files(path, folders=['train', 'test']).sorted()  # a directory's own order differs between machines
+    files = get_image_files(path, folders=['train', 'test']).sorted()  # a directory's order differs between machines
     counts = Counter(f.parent for f in files)
     if not files: raise DataError(f'data folder {path} holds no images; expected {path/"train"/"<class>"/"*.png"}')
     if len(classes['train']) < 2: raise DataError(f'{path/"train"} has fewer than two class folders')
@@ -47,7 +50,7 @@ def image_files(path: str | Path) -> L:
 class Augmentation(DisplayedTransform):
     """An item transform for training images: uint8 `TensorImage`, one image (3, H, W) or a batch (N, 3, H, W).
 
-    Every image of a batch draws its own randomness, from torch's global CPU generator whatever device the images are on.
+    Every image of a batch draws its own randomness, from torch's CPU generator whatever device the images are on.
     """
     split_idx = 0  # the training set only
 
@@ -127,11 +130,11 @@ class BatchDL(TfmdDL):
 def decode_image_file(file: Path) -> Tensor:
     """The image in `file` as RGB: (3, 32, 32) uint8. Raises `DataError`."""
     try: image = decode_image(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError, OSError):  # torchvision is fast but knows few formats; Pillow also explains itself
+    except (RuntimeError, ValueError, OSError):  # torchvision is fast; Pillow knows more formats and explains itself
         try: image = image2tensor(PILImage.create(file))
         except Exception as e: raise DataError(f'{file} cannot be read as an image ({e})') from e
     if image.shape[1:] != (SIZE, SIZE):
-        raise DataError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize it or leave it out')
+        raise DataError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize or remove it')
     return image
 
 
@@ -157,10 +160,10 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
             device: torch.device | None = None) -> DataLoaders:
     """`DataLoaders` of the folder `path` (see `image_files`), as a `DataBlock` builds them.
 
-    Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory` (bs,).
-    Training batches are shuffled and augmented, the last partial one is dropped; test images are only normalised.
-    By default all images are decoded once, into the memory of `device`; with `stock_loader` fastai's own loader decodes and
-    augments item by item in `num_workers` processes. Raises `DataError`.
+    Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
+    (bs,). Training batches are shuffled and augmented, the last partial one is dropped; test images are only
+    normalised. By default all images are decoded once, into the memory of `device`; with `stock_loader` fastai's own
+    loader decodes and augments item by item in `num_workers` processes. Raises `DataError`.
     """
     block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=image_files, get_y=parent_label,
                       splitter=GrandparentSplitter(train_name='train', valid_name='test'),
@@ -175,3 +178,13 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
             ds.images = decode_images(ds.items).to(dls.device)
             ds.labels = tensor([class_index[f.parent.name] for f in ds.items]).to(dls.device)
     return dls
+
+
+def fingerprint(dls: DataLoaders) -> str:
+    """A digest of all names, labels and pixels (of the files' bytes, for the stock loader) that identifies the data."""
+    digest = hashlib.sha256()
+    for ds in (dls.train_ds, dls.valid_ds):
+        digest.update('\n'.join(f.relative_to(dls.path).as_posix() for f in ds.items).encode())
+        if hasattr(ds, 'images'): digest.update(ds.images.cpu().permute(0, 2, 3, 1).numpy())
+        else: [digest.update(f.read_bytes()) for f in ds.items]
+    return digest.hexdigest()

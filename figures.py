@@ -28,12 +28,12 @@ def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     fig, (top, bottom) = plt.subplots(2, figsize=(8, 6), sharex=True, layout='constrained', height_ratios=(2, 1))
     top.plot(batch, lr, color=TRAIN)
     peak = int(np.argmax(lr))
-    for at, name, offset in ((0, 'start', (12, 8)), (peak, 'peak', (14, -8)), (len(lr) - 1, 'end', (-12, 24))):
+    for at, name, offset in ((0, 'start', (14, 2)), (peak, 'peak', (0, 9)), (len(lr) - 1, 'end', (0, 30))):
         top.plot(batch[at], lr[at], 'o', color=MARK)
-        top.annotate(f'{name}: {lr[at]:.2e}, epoch {batch[at] / batches_per_epoch:.2g}', (batch[at], lr[at]), offset,
-                     textcoords='offset points', color=MARK, ha='right' if at == len(lr) - 1 else 'left')
-    top.set(ylabel='learning rate', title='Learning rate and momentum per iteration')
-    top.set_ylim(0, 1.08 * max(lr))
+        top.annotate(f'{name}: {lr[at]:.2e}, epoch {at / batches_per_epoch:.3g}', (batch[at], lr[at]), offset,
+                     textcoords='offset points', color=MARK,
+                     ha=dict(start='left', peak='center', end='right')[name])
+    top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
     epochs = top.secondary_xaxis('top', functions=(lambda b: b / batches_per_epoch, lambda e: e * batches_per_epoch))
     epochs.set_xlabel('epoch')
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -68,7 +68,7 @@ def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
     cols = 5
     fig, axs = plt.subplots(-(-n // cols), cols, figsize=(11, 5.4), layout='constrained')
     for ax in axs.flat: ax.axis('off')
-    for ax, row in zip(axs.flat, rows[:n]):
+    for ax, row in zip(axs.flat, rows[:n], strict=False):
         ax.imshow(PILImage.create(folder/row['file']), interpolation='nearest')
         ax.set_title(f'{row["actual"]} → {row["predicted"]}\n({row["probability"]:.0%})', fontsize=11)
     fig.suptitle(f'Misclassified test images, worst of {len(rows):,}: actual → predicted (probability)')
@@ -77,7 +77,7 @@ def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
 
 def top_losses(interp: Interpretation, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest losses."""
-    interp.plot_top_losses(n, figsize=(10, 9.5), interpolation='nearest')
+    interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     return plt.gcf()
 
 

@@ -4,21 +4,44 @@
     python train_fastai.py             # everything: download, find the LRs, train 24 epochs, draw, report
     python train_fastai.py --help      # the options
 """
-import platform
 import warnings
 
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
 
-from importlib.metadata import version  # noqa: E402
+import contextlib
+import json
+import platform
+import shlex
+import signal
+import sys
+import time
+from argparse import SUPPRESS
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
-from fastai.callback.schedule import minimum, valley  # noqa: E402
-from fastai.vision.all import *  # noqa: E402
+from fastai.callback.schedule import minimum, valley
+from fastai.vision.all import *
+from fastcore.script import anno_parser, is_cli
 
-import figures  # noqa: E402
-from arch import ResNet  # noqa: E402
-from callbacks import (  # noqa: E402
-    FinalPredictions, History, PlainLog, Precision, RunFolder, SeedEpochs, StopOnNaN, best_precision)
-from data import SHOW_PROGRESS, DataError, get_data, get_dls  # noqa: E402
+import figures
+from arch import ResNet
+from callbacks import (
+    Checkpoint,
+    CheckpointError,
+    FinalPredictions,
+    History,
+    PlainLog,
+    Precision,
+    ResumableLearner,
+    SeedEpochs,
+    StopOnNaN,
+    best_precision,
+    load_state,
+    save_csv,
+    save_state,
+)
+from data import SHOW_PROGRESS, DataError, fingerprint, get_data, get_dls
 
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
@@ -28,7 +51,7 @@ class OptionError(ValueError):
     """An option, or a combination, that cannot work; the message is one line."""
 
 
-class RunFailed(RuntimeError):
+class RunError(RuntimeError):
     """The run cannot go on; the message is one line."""
 
 
@@ -42,9 +65,9 @@ def weight_decay_groups(model: nn.Module, wd: float = 0.01) -> list[dict]:
 def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path: str | Path = '.') -> Learner:
     """A fastai `Learner` of the assignment's network for `dls`; whatever it saves goes to `path`.
 
-    The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to rounding) in
-    a fraction of the time. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights and all
-    randomness of every epoch; on a CPU the same seed gives the same run. Raises `OptionError`.
+    The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to
+    rounding) in a fraction of the time. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial
+    weights and all randomness of every epoch; on a CPU the same seed gives the same run. Raises `OptionError`.
     """
     if precision not in (modes := ('auto', 'fp32', 'bf16', 'fp16')):
         raise OptionError(f'--precision {precision} is not one of {", ".join(modes)}')
@@ -57,7 +80,8 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
     adam = partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=1e-5, fused=True)
     cbs = [SeedEpochs(seed), History(), FinalPredictions(), StopOnNaN()]
     if precision != 'fp32': cbs.append(Precision(precision))
-    learn = Learner(dls, model, opt_func=adam, splitter=weight_decay_groups, metrics=accuracy, cbs=cbs, path=path)
+    learn = ResumableLearner(dls, model, opt_func=adam, splitter=weight_decay_groups, metrics=accuracy, cbs=cbs,
+                             path=path)
     learn.recorder.train_metrics = True
     if not SHOW_PROGRESS: learn.remove_cb(ProgressCallback).add_cb(PlainLog())
     return learn
@@ -66,18 +90,18 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
 def find_lrs(learn: Learner) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion and its `minimum` (a tenth of the LR of least loss).
 
-    Raises `RunFailed` where the finder's answer is of no use.
+    Raises `RunError` where the finder's answer is of no use.
     """
     try: lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
     except (IndexError, RuntimeError, ValueError) as e:
-        raise RunFailed(f'the LR finder found nothing ({e}); set --lr-min and --lr-max') from e
+        raise RunError(f'the LR finder found nothing ({e}); set --lr-min and --lr-max') from e
     if not 0 < lr_min < lr_max < float('inf'):
-        raise RunFailed(f'the LR finder gave no usable range, LRMIN {lr_min:.2e} and LRMAX {lr_max:.2e}; '
-                        'set --lr-min and --lr-max')
+        raise RunError(f'the LR finder gave no usable range, LRMIN {lr_min:.2e} and LRMAX {lr_max:.2e}; '
+                       'set --lr-min and --lr-max')
     return lr_min, lr_max
 
 
-def check_options(epochs, bs, seed, lr_min, lr_max, final_div):
+def check_options(epochs, bs, seed, lr_min, lr_max, final_div, **_):
     """Raises `OptionError` for the first option out of its range."""
     if epochs < 1: raise OptionError(f'--epochs {epochs} is less than 1')
     if bs < 2: raise OptionError(f'--bs {bs} is less than 2, which batch norm needs')
@@ -88,100 +112,133 @@ def check_options(epochs, bs, seed, lr_min, lr_max, final_div):
     if not 0 < final_div < float('inf'): raise OptionError(f'--final-div {final_div:g} is not a positive number')
 
 
-def check_out(out: str | None) -> Path:
-    """The run's folder, not yet made; `runs/<date-time>` by default. Raises `OptionError` if it holds a run."""
-    out = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S'))
-    if out.exists() and not out.is_dir(): raise OptionError(f'--out {out} is not a folder')
-    if (out/'history.csv').exists(): raise OptionError(f'--out {out} already holds a run; choose another folder')
-    return out
+def given_options(options: dict) -> dict:
+    """Those of `options` that were given rather than left at their defaults."""
+    parser = anno_parser(main)
+    if not is_cli(): return {k: v for k, v in options.items() if v != parser.get_default(k)}
+    parser.set_defaults(**dict.fromkeys(options, SUPPRESS))
+    return {k: v for k, v in vars(parser.parse_args()).items() if k in options and v != SUPPRESS}
 
 
-def claim(out: Path):
-    """Makes the run's folder ours: of two runs started at once with the same one, the second is refused."""
+def run_to_resume(out: Path, options: dict) -> dict:
+    """The checkpoint of the run in `out`. Raises `OptionError` where `options` given contradict the run's own."""
+    if (out/'model.pth').exists(): raise OptionError(f'--resume {out}: this run is finished, nothing is left to do')
+    try: state = load_state(out/Checkpoint.file)
+    except CheckpointError as e: raise OptionError(f'--resume {out}: {e}') from e
+    if 'epochs_done' not in state: raise OptionError(f'--resume {out}: {Checkpoint.file} is not of this program')
+    for k, v in given_options(options).items():
+        if k != 'data' and v != state['options'].get(k):  # data may have moved; what it holds is compared
+            raise OptionError(f'--{k.replace("_", "-")} {v} contradicts the run in {out}, '
+                              f'which has {state["options"].get(k)}; leave it out')
+    return state
+
+
+def check_out(out: Path):
+    """Raises `OptionError` if `out` is no place for a new run."""
+    if out.exists() and not out.is_dir(): raise OptionError(f'--out {out} is a file, not a folder')
+    if any((out/name).exists() for name in (Checkpoint.file, 'metrics.json', 'model.pth')):
+        raise OptionError(f'--out {out} already holds a run; choose another folder, or go on with --resume {out}')
+
+
+def lock_folder(out: Path):
+    """Makes `out` and locks it until the process ends: of two runs started at once, one is refused (`OptionError`)."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out/'history.csv').open('x').close()
-    except FileExistsError: raise OptionError(f'--out {out} already holds a run; choose another folder') from None
-    except OSError as e: raise OptionError(f'--out {out} cannot be written ({e.strerror})') from e
+        with contextlib.suppress(ImportError):  # Windows has no such locks
+            import fcntl
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: raise OptionError(f'{out} is in use by another run') from None
+    except OSError as e: raise OptionError(f'{out} cannot be used for a run ({e.strerror})') from e
 
 
-def save(fig, file: Path):
+def device_name(device: torch.device) -> str:
+    """The processor in words."""
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get('cpu_name', '') if hasattr(torch.cpu, 'get_capabilities') else ''
+    return f'{device.type}, {name or platform.machine()}, {torch.get_num_threads()} threads'
+
+
+def save_figure(fig, file: Path):
     fig.savefig(file, dpi=120)
     plt.close(fig)
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get('cpu_name', '') if hasattr(torch.cpu, 'get_capabilities') else ''
-    return f'{device.type}, {name or "unknown"}, {torch.get_num_threads()} threads'
+def save_training_figures(learn: Learner):
+    """The schedule and the history as far as they were recorded."""
+    h = learn.history
+    if h.schedule: save_figure(figures.schedule(h.schedule, len(learn.dls.train)), learn.path/'schedule.png')
+    if h.rows: save_figure(figures.history(h.rows), learn.path/'history.png')
 
 
-def report(metrics: dict, command: str, wrong: int) -> str:
-    """The run on one page of Markdown, its figures included."""
-    def percent(x): return f'{x:.2%}'
-    m = metrics
-    first = m['first_epoch_over_90'] or 'never'
-    schedule = f'{m["lr_min"]:.2e} → {m["lr_max"]:.2e} → {m["lr_min"] / m["options"]["final_div"]:.2e}'
+def report(m: dict, command: str, wrong: int) -> str:
+    """The run with metrics `m` on one page of Markdown, its figures included."""
+    last_lr = m['lr_min'] / m['options']['final_div']
+    found = 'given on the command line' if m['options']['lr_min'] else 'found by `learn.lr_find()`'
+    finder = '' if m['options']['lr_min'] else '![LR finder](lr_find.png)\n'
     return f'''# ResNet on CIFAR-10: report of a run
 
 | | this run | reference solution |
 |---|---|---|
 | parameters | {m["parameters"]:,} | {REFERENCE["parameters"]:,} |
-| training accuracy, last epoch (augmented images) | {percent(m["train_accuracy"])} | {percent(REFERENCE["train_accuracy"])} |
-| test accuracy, last epoch | {percent(m["test_accuracy"])} | {percent(REFERENCE["test_accuracy"])} |
-| first epoch over 90 % test accuracy | {first} | {REFERENCE["first_epoch_over_90"]} |
+| training accuracy, last epoch | {m["train_accuracy"]:.2%} | {REFERENCE["train_accuracy"]:.2%} |
+| test accuracy, last epoch | {m["test_accuracy"]:.2%} | {REFERENCE["test_accuracy"]:.2%} |
+| first epoch over 90 % test accuracy | {m["first_epoch_over_90"] or "none"} | {REFERENCE["first_epoch_over_90"]} |
 
-{m["epochs"]} epochs of {m["train_images"]:,} images in batches of {m["batch_size"]}, tested on {m["test_images"]:,} images.
-Learning rate {schedule}, seed {m["seed"]}, {m["precision"]} on {m["device"]}.
-Training took {m["seconds_training"]:,.0f} s, everything together {m["seconds_total"]:,.0f} s.
+{m["epochs"]} epochs of {m["train_images"]:,} images in batches of {m["batch_size"]}, tested on {m["test_images"]:,}
+images; seed {m["seed"]}, {m["precision"]}, {m["device"]}. Training took {m["seconds_training"]:,.0f} s, everything
+together {m["seconds_total"]:,.0f} s. It was started with
 
     {command}
 
-{", ".join(f"{k} {v}" for k, v in m["versions"].items())}
+with {", ".join(f"{k} {v}" for k, v in m["versions"].items())}.
 
 ## Learning rates
 
-{"The finder's loss against the learning rate, and the two rates used." if m["options"]["lr_min"] is None
- else "The learning rates were given, the finder was not asked."}
+LRMIN {m["lr_min"]:.2e} and LRMAX {m["lr_max"]:.2e} were {found}.
 
-{"![LR finder](lr_find.png)" if m["options"]["lr_min"] is None else ""}
+{finder}
+The rate rises from LRMIN to LRMAX for 5/24 of the batches and falls to {last_lr:.2e}; momentum goes the other way.
 
-The rate that each training batch was stepped with, and the optimizer's momentum.
-
-![schedule](schedule.png)
+![Learning rate and momentum of every training batch](schedule.png)
 
 ## Training
 
-Training figures are means over each epoch's batches as trained on, augmented and with the weights of that moment;
-test figures come after the epoch. Numbers in [history.csv](history.csv).
+Training figures are means over an epoch's batches as trained on, augmented and with the weights of that moment; test
+figures come after the epoch. Their numbers are in [history.csv](history.csv).
 
-![history](history.png)
+![Loss and accuracy of both sets](history.png)
 
 ## What it gets wrong
 
-{wrong:,} of {m["test_images"]:,} test images; all of them in [misclassified.csv](misclassified.csv).
+{wrong:,} of {m["test_images"]:,} test images. All of them are in [misclassified.csv](misclassified.csv), worst first.
 
-![misclassified](misclassified.png)
+![Ten misclassified test images](misclassified.png)
 
-fastai's top losses:
+![fastai's top losses](top_losses.png)
 
-![top losses](top_losses.png)
-
-![confusion matrix](confusion_matrix.png)
+![Confusion matrix of the test set](confusion_matrix.png)
 
 ## What it saw
 
-![augmented](augmented.png)
+![Training images after augmentation](augmented.png)
 '''
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_line_errors():
-    """Ends the program with one line and exit code 2 for bad input, 1 for a run that failed."""
+    """Ends the program with one line: exit code 2 for bad input, 1 for a run that failed, 130 for Ctrl-C."""
     try: yield
-    except (DataError, OptionError, RunFailed) as e:
-        print(f'train_fastai.py: error: {e}', file=sys.stderr)
-        sys.exit(1 if isinstance(e, RunFailed) else 2)
+    except (DataError, OptionError) as e: message, code = f'error: {e}', 2
+    except (RunError, CheckpointError, OSError) as e: message, code = f'error: {e}', 1
+    except KeyboardInterrupt as e: message, code = 'interrupted', *(e.args or [130])
+    else: return
+    print(f'train_fastai.py: {message}', file=sys.stderr)
+    sys.exit(code)
+
+
+def terminate(*_):
+    """SIGTERM as an interruption of its own exit code."""
+    raise KeyboardInterrupt(143)
 
 
 @call_parse
@@ -192,67 +249,91 @@ def main(
     epochs: int = 24,  # passes over the training images
     bs: int = 512,  # batch size
     seed: int = 42,  # of initial weights, shuffling and augmentation
-    lr_min: float = None,  # learning rate at the start and end, with --lr-max instead of the LR finder's choice
-    lr_max: float = None,  # learning rate at the peak, with --lr-min instead of the LR finder's choice
+    lr_min: float = None,  # learning rate at the start and the end; with --lr-max, instead of the LR finder
+    lr_max: float = None,  # learning rate at the peak; with --lr-min, instead of the LR finder
     final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto takes what the hardware is made for
-    stock_loader: bool = False,  # use fastai's own loader, item by item: the same images, slower
+    stock_loader: bool = False,  # fastai's own loader, item by item: the same images, slower
+    resume: str = None,  # folder of an interrupted run to go on with, under its own options
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
-    start, options = time.perf_counter(), dict(locals())
-    options.pop('start', None)
-    check_options(epochs, bs, seed, lr_min, lr_max, final_div)
-    out = check_out(out)
+    start = time.perf_counter()
+    options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
+                   final_div=final_div, precision=precision, stock_loader=stock_loader)
+    state = None
+    if resume:
+        out = Path(resume)
+        if not out.is_dir(): raise OptionError(f'--resume {out} is not a folder')
+        lock_folder(out)
+        state = run_to_resume(out, options)
+        options = state['options'] | dict(data=data or state['options']['data'])
+    else:
+        out = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S'))
+        check_options(**options)
+        check_out(out)
+    o = SimpleNamespace(**options)
+    if is_cli(): signal.signal(signal.SIGTERM, terminate)
 
     print('Reading the images …', flush=True)
-    dls = get_dls(get_data(data), bs=bs, stock_loader=stock_loader)
-    learn = get_learner(dls, precision, seed, path=out)
+    dls = get_dls(get_data(o.data), bs=o.bs, stock_loader=o.stock_loader)
+    digest = fingerprint(dls)
+    if state and state['data'] != digest: raise DataError(f'{dls.path} holds other images than the run in {out}')
+    learn = get_learner(dls, state['precision'] if state else o.precision, o.seed, path=out)
     precision = learn.precision.amp_mode.value if hasattr(learn, 'precision') else 'fp32'
     parameters = sum(p.numel() for p in learn.model.parameters())
-    claim(out)
     print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
           f'{parameters:,} parameters, {precision} on {device_name(dls.device)}', flush=True)
-    save(figures.augmented(dls), out/'augmented.png')
+    if not state:
+        lock_folder(out)
+        check_out(out)
+        save_figure(figures.augmented(dls), out/'augmented.png')
 
-    if lr_min is None:
+    if state: lr_min, lr_max = state['lr_min'], state['lr_max']
+    elif lr_min is None:
         print('Finding the learning rates …', flush=True)
         lr_min, lr_max = find_lrs(learn)
         lrs, losses = learn.recorder.lrs, [float(o) for o in learn.recorder.losses]
-        pd.DataFrame(dict(lr=lrs, loss=losses)).to_csv(out/'lr_find.csv', index=False)
-        save(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
-        (out/'models').rmdir()  # fastai keeps the weights there while it searches
+        save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(lrs, losses, strict=True)])
+        save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
+        (out/'models').rmdir()  # where fastai kept the weights meanwhile
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-    div = lr_max / lr_min  # fastai's div_final divides LRMAX, so the end is LRMIN only with the same divisor as the start
-    learn.fit_one_cycle(epochs, lr_max, div=div, div_final=div * final_div, pct_start=PCT_START, cbs=RunFolder())
+    header = dict(options=options, lr_min=lr_min, lr_max=lr_max, precision=precision, data=digest)
+    checkpoint = Checkpoint(header, start, state)
+    div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
+    try:
+        learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START, cbs=checkpoint)
+    except (KeyboardInterrupt, CheckpointError) as e:
+        save_training_figures(learn)
+        go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
+        if isinstance(e, CheckpointError): raise RunError(f'{e}; when it can be, {go_on}') from e
+        print(f'train_fastai.py: interrupted; {go_on}', file=sys.stderr)
+        sys.exit(*(e.args or [130]))
+    save_training_figures(learn)
+    if at := learn.stop_on_na_n.where:
+        raise RunError(f'the loss was not finite at {at}; lower --lr-max, which was {lr_max:.2e} '
+                       f'(what was recorded is in {out})')
 
-    history, final = learn.history, learn.final_predictions
-    if history.schedule: save(figures.schedule(history.schedule, len(dls.train)), out/'schedule.png')
-    if history.rows: save(figures.history(history.rows), out/'history.png')
-    if learn.stop_on_na_n.where:
-        raise RunFailed(f'the loss was not finite at {learn.stop_on_na_n.where}; lower --lr-max (it was {lr_max:.2e}). '
-                        f'What was recorded is in {out}')
-
+    if not hasattr(learn.final_predictions, 'losses'): learn.validate()  # resumed behind the last epoch
+    final, rows = learn.final_predictions, learn.history.rows
     wrong = final.misclassified()
-    pd.DataFrame(wrong, columns=['file', 'actual', 'predicted', 'probability', 'loss']
-                 ).to_csv(out/'misclassified.csv', index=False)
-    save(figures.misclassified(dls.path, wrong), out/'misclassified.png')
-    save(figures.confusion_matrix(final.confusion_matrix(), dls.vocab), out/'confusion_matrix.png')
-    interp = ClassificationInterpretation(learn, dls.valid, final.losses)
-    save(figures.top_losses(interp), out/'top_losses.png')
+    save_csv(out/'misclassified.csv', wrong, ['file', 'actual', 'predicted', 'probability', 'loss'])
+    save_figure(figures.misclassified(dls.path, wrong), out/'misclassified.png')
+    save_figure(figures.confusion_matrix(final.confusion_matrix(), dls.vocab), out/'confusion_matrix.png')
+    interp = ClassificationInterpretation(learn, dls.valid, final.losses)  # from_learner would test all over again
+    save_figure(figures.top_losses(interp), out/'top_losses.png')
 
-    last = history.rows[-1]
     metrics = dict(
-        parameters=parameters, lr_min=lr_min, lr_max=lr_max, epochs=epochs, batch_size=bs, seed=seed, precision=precision,
-        device=device_name(dls.device), train_accuracy=last['train_accuracy'], test_accuracy=last['test_accuracy'],
-        test_loss=last['test_loss'],
-        first_epoch_over_90=first(row['epoch'] for row in history.rows if row['test_accuracy'] > 0.9),
-        seconds_training=history.seconds_training, seconds_total=time.perf_counter() - start,
+        parameters=parameters, lr_min=lr_min, lr_max=lr_max, epochs=o.epochs, batch_size=o.bs, seed=o.seed,
+        precision=precision, device=device_name(dls.device),
+        **{k: rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
+        first_epoch_over_90=first(row['epoch'] for row in rows if row['test_accuracy'] > 0.9),
+        seconds_training=learn.history.seconds_training, seconds_total=checkpoint.seconds_total(),
         train_images=len(dls.train_ds), test_images=len(dls.valid_ds),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         options=options)
     (out/'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
-    (out/'report.md').write_text(report(metrics, ' '.join(['python', *sys.argv]), len(wrong)), encoding='utf-8')
-    torch.save(learn.model.state_dict(), out/'model.pth')
-    print(f'training accuracy {last["train_accuracy"]:.2%}, test accuracy {last["test_accuracy"]:.2%}, '
+    (out/'report.md').write_text(report(metrics, shlex.join(['python', *sys.argv]), len(wrong)), encoding='utf-8')
+    save_state(out/'model.pth', learn.model.state_dict())
+    print(f'training accuracy {metrics["train_accuracy"]:.2%}, test accuracy {metrics["test_accuracy"]:.2%}, '
           f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\nEverything is in {out}')
