@@ -40,8 +40,12 @@ from callbacks import (
     load_state,
     save_csv,
     save_state,
+    write_whole,
 )
 from data import SHOW_PROGRESS, DataError, fingerprint, get_data, get_dls
+
+try: import fcntl  # isort: skip
+except ImportError: fcntl = None  # Windows has no such locks
 
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
@@ -140,15 +144,18 @@ def check_out(out: Path):
         raise OptionError(f'--out {out} already holds a run; choose another folder, or go on with --resume {out}')
 
 
-def lock_folder(out: Path):
-    """Makes `out` and locks it until the process ends: of two runs started at once, one is refused (`OptionError`)."""
+@contextlib.contextmanager
+def locked(out: Path):
+    """Makes the folder `out` and locks it: of two runs started at once, one is refused. Raises `OptionError`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(ImportError):  # Windows has no such locks
-            import fcntl
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(out, os.O_RDONLY) if fcntl else None
+        if fcntl: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: raise OptionError(f'{out} is in use by another run') from None
     except OSError as e: raise OptionError(f'{out} cannot be used for a run ({e.strerror})') from e
+    try: yield
+    finally:
+        if fcntl: os.close(lock)
 
 
 def device_name(device: torch.device) -> str:
@@ -224,20 +231,81 @@ figures come after the epoch. Their numbers are in [history.csv](history.csv).
 '''
 
 
+def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: float):
+    """Finds the learning rates, trains and leaves everything in `learn.path`; `state` is a checkpoint to go on from."""
+    dls, out = learn.dls, learn.path
+    precision = learn.precision.amp_mode.value if hasattr(learn, 'precision') else 'fp32'
+    parameters = sum(p.numel() for p in learn.model.parameters())
+    print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
+          f'{parameters:,} parameters, {precision} on {device_name(dls.device)}', flush=True)
+    save_figure(figures.augmented(dls), out/'augmented.png')
+
+    if state: lr_min, lr_max = state['lr_min'], state['lr_max']
+    elif o.lr_min: lr_min, lr_max = o.lr_min, o.lr_max
+    else:
+        print('Finding the learning rates …', flush=True)
+        lr_min, lr_max = find_lrs(learn)
+        lrs, losses = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
+        save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(lrs, losses, strict=True)])
+        save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
+        (out/'models').rmdir()  # where fastai kept the weights meanwhile
+    print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
+
+    checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision,
+                                 data=state['data'] if state else fingerprint(dls)), start, state)
+    div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
+    try:
+        learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START, cbs=checkpoint)
+    except (KeyboardInterrupt, CheckpointError) as e:
+        go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
+        if isinstance(e, CheckpointError): raise RunError(f'{e}; once it can be, {go_on}') from e
+        raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
+    finally: save_training_figures(learn)
+    if at := learn.stop_on_na_n.where:
+        raise RunError(f'the loss was not finite at {at}; lower --lr-max, which was {lr_max:.2e} '
+                       f'(what was recorded is in {out})')
+
+    if not hasattr(learn.final_predictions, 'losses'): learn.validate()  # resumed behind the last epoch
+    final, rows = learn.final_predictions, learn.history.rows
+    wrong = final.misclassified()
+    save_csv(out/'misclassified.csv', wrong, ['file', 'actual', 'predicted', 'probability', 'loss'])
+    save_figure(figures.misclassified(dls.path, wrong), out/'misclassified.png')
+    save_figure(figures.confusion_matrix(final.confusion_matrix(), dls.vocab), out/'confusion_matrix.png')
+    interp = ClassificationInterpretation(learn, dls.valid, final.losses)  # from_learner would test all over again
+    save_figure(figures.top_losses(interp), out/'top_losses.png')
+
+    metrics = dict(
+        parameters=parameters, lr_min=lr_min, lr_max=lr_max, epochs=o.epochs, batch_size=o.bs, seed=o.seed,
+        precision=precision, device=device_name(dls.device),
+        **{k: rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
+        first_epoch_over_90=first(row['epoch'] for row in rows if row['test_accuracy'] > 0.9),
+        seconds_training=learn.history.seconds_training, seconds_total=checkpoint.seconds_total(),
+        train_images=len(dls.train_ds), test_images=len(dls.valid_ds),
+        versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
+        options=vars(o))
+    write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
+    write_whole(out/'report.md', report(metrics, shlex.join(['python', *sys.argv]), len(wrong)).encode())
+    save_state(out/'model.pth', learn.model.state_dict())
+    print(f'training accuracy {metrics["train_accuracy"]:.2%}, test accuracy {metrics["test_accuracy"]:.2%}, '
+          f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\nEverything is in {out}')
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Ends the program with one line: exit code 2 for bad input, 1 for a run that failed, 130 for Ctrl-C."""
+    """Ends the program with one line: exit code 2 for bad input, 1 for a run that failed, 130 or 143 for a signal."""
     try: yield
     except (DataError, OptionError) as e: message, code = f'error: {e}', 2
     except (RunError, CheckpointError, OSError) as e: message, code = f'error: {e}', 1
-    except KeyboardInterrupt as e: message, code = 'interrupted', *(e.args or [130])
+    except KeyboardInterrupt as e:
+        code, message = e.args if len(e.args) == 2 else (*(e.args or [130]), 'no epoch was finished, start anew')
+        message = f'interrupted; {message}'
     else: return
     print(f'train_fastai.py: {message}', file=sys.stderr)
     sys.exit(code)
 
 
 def terminate(*_):
-    """SIGTERM as an interruption of its own exit code."""
+    """SIGTERM as an interruption with its own exit code."""
     raise KeyboardInterrupt(143)
 
 
@@ -260,80 +328,22 @@ def main(
     start = time.perf_counter()
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
                    final_div=final_div, precision=precision, stock_loader=stock_loader)
-    state = None
+    if is_cli(): signal.signal(signal.SIGTERM, terminate)
     if resume:
         out = Path(resume)
-        if not out.is_dir(): raise OptionError(f'--resume {out} is not a folder')
-        lock_folder(out)
         state = run_to_resume(out, options)
-        options = state['options'] | dict(data=data or state['options']['data'])
+        options, precision = state['options'] | (dict(data=data) if data else {}), state['precision']
     else:
-        out = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S'))
+        out, state = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S')), None
         check_options(**options)
         check_out(out)
     o = SimpleNamespace(**options)
-    if is_cli(): signal.signal(signal.SIGTERM, terminate)
 
     print('Reading the images …', flush=True)
     dls = get_dls(get_data(o.data), bs=o.bs, stock_loader=o.stock_loader)
-    digest = fingerprint(dls)
-    if state and state['data'] != digest: raise DataError(f'{dls.path} holds other images than the run in {out}')
-    learn = get_learner(dls, state['precision'] if state else o.precision, o.seed, path=out)
-    precision = learn.precision.amp_mode.value if hasattr(learn, 'precision') else 'fp32'
-    parameters = sum(p.numel() for p in learn.model.parameters())
-    print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
-          f'{parameters:,} parameters, {precision} on {device_name(dls.device)}', flush=True)
-    if not state:
-        lock_folder(out)
-        check_out(out)
-        save_figure(figures.augmented(dls), out/'augmented.png')
-
-    if state: lr_min, lr_max = state['lr_min'], state['lr_max']
-    elif lr_min is None:
-        print('Finding the learning rates …', flush=True)
-        lr_min, lr_max = find_lrs(learn)
-        lrs, losses = learn.recorder.lrs, [float(o) for o in learn.recorder.losses]
-        save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(lrs, losses, strict=True)])
-        save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
-        (out/'models').rmdir()  # where fastai kept the weights meanwhile
-    print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
-
-    header = dict(options=options, lr_min=lr_min, lr_max=lr_max, precision=precision, data=digest)
-    checkpoint = Checkpoint(header, start, state)
-    div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
-    try:
-        learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START, cbs=checkpoint)
-    except (KeyboardInterrupt, CheckpointError) as e:
-        save_training_figures(learn)
-        go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
-        if isinstance(e, CheckpointError): raise RunError(f'{e}; when it can be, {go_on}') from e
-        print(f'train_fastai.py: interrupted; {go_on}', file=sys.stderr)
-        sys.exit(*(e.args or [130]))
-    save_training_figures(learn)
-    if at := learn.stop_on_na_n.where:
-        raise RunError(f'the loss was not finite at {at}; lower --lr-max, which was {lr_max:.2e} '
-                       f'(what was recorded is in {out})')
-
-    if not hasattr(learn.final_predictions, 'losses'): learn.validate()  # resumed behind the last epoch
-    final, rows = learn.final_predictions, learn.history.rows
-    wrong = final.misclassified()
-    save_csv(out/'misclassified.csv', wrong, ['file', 'actual', 'predicted', 'probability', 'loss'])
-    save_figure(figures.misclassified(dls.path, wrong), out/'misclassified.png')
-    save_figure(figures.confusion_matrix(final.confusion_matrix(), dls.vocab), out/'confusion_matrix.png')
-    interp = ClassificationInterpretation(learn, dls.valid, final.losses)  # from_learner would test all over again
-    save_figure(figures.top_losses(interp), out/'top_losses.png')
-
-    metrics = dict(
-        parameters=parameters, lr_min=lr_min, lr_max=lr_max, epochs=o.epochs, batch_size=o.bs, seed=o.seed,
-        precision=precision, device=device_name(dls.device),
-        **{k: rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
-        first_epoch_over_90=first(row['epoch'] for row in rows if row['test_accuracy'] > 0.9),
-        seconds_training=learn.history.seconds_training, seconds_total=checkpoint.seconds_total(),
-        train_images=len(dls.train_ds), test_images=len(dls.valid_ds),
-        versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
-        options=options)
-    (out/'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
-    (out/'report.md').write_text(report(metrics, shlex.join(['python', *sys.argv]), len(wrong)), encoding='utf-8')
-    save_state(out/'model.pth', learn.model.state_dict())
-    print(f'training accuracy {metrics["train_accuracy"]:.2%}, test accuracy {metrics["test_accuracy"]:.2%}, '
-          f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\nEverything is in {out}')
+    if state and state['data'] != fingerprint(dls):
+        raise DataError(f'{dls.path} holds other images than the run in {out} was trained on')
+    learn = get_learner(dls, precision, o.seed, path=out)
+    with locked(out):
+        if not resume: check_out(out)  # another run may have come first
+        experiment(learn, o, state, start)

@@ -1,0 +1,40 @@
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+matplotlib.use('Agg')
+os.environ['MPLBACKEND'] = 'Agg'  # for the programs that tests start
+
+ROOT = Path(__file__).parents[1]
+COLOURS = dict(blue=(40, 60, 200), green=(40, 180, 60), red=(200, 50, 40))
+
+
+def make_folder(path: Path, train: int = 8, test: int = 4, seed: int = 0) -> Path:
+    """A data folder of noisy 32×32 images, a class a colour, with `train` and `test` images a class."""
+    rng = np.random.default_rng(seed)
+    for split, n in (('train', train), ('test', test)):
+        for name, colour in COLOURS.items():
+            folder = path/split/name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype('uint8')
+                Image.fromarray(pixels).save(folder/f'{i}.png')
+    return path
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory) -> Path:
+    """A small data folder of three classes: 24 training and 12 test images. Not to be changed."""
+    return make_folder(tmp_path_factory.mktemp('data')/'small')
+
+
+@pytest.fixture(scope='session')
+def cifar10() -> Path:
+    """The genuine CIFAR-10, where fastai keeps a downloaded copy."""
+    path = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data/cifar10'
+    if not (path/'test').is_dir(): pytest.skip('CIFAR-10 is not on this machine')
+    return path

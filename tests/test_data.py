@@ -1,0 +1,276 @@
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from fastai.vision.all import PILImage, Pipeline, TensorImage, cifar_stats
+from PIL import Image
+
+from data import MEAN_COLOUR, BatchDL, Cutout, DataError, FlipLR, PadCrop, decode_images, get_data, get_dls, image_files
+
+N = 400
+GREY = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
+
+
+@pytest.fixture
+def batch():
+    """Random images without a pixel of the mean colour."""
+    torch.manual_seed(1)
+    x = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
+    x[:, 0][x[:, 0] == MEAN_COLOUR[0]] += 1
+    return TensorImage(x)
+
+
+def is_grey(x): return (x == GREY).all(dim=-3)
+
+
+def test_mean_colour_is_zero_once_normalised():
+    for colour, mean, std in zip(MEAN_COLOUR, *cifar_stats, strict=True):
+        assert abs(colour / 255 - mean) / std <= 0.5 / 255 / std
+
+
+def test_pad_crop_shifts_by_up_to_four_and_pads_with_the_mean_colour(batch):
+    out = PadCrop(4)(batch, split_idx=0)
+    assert (out.shape, out.dtype, type(out)) == (batch.shape, torch.uint8, TensorImage)
+    padded = GREY.repeat(N, 1, 40, 40)
+    padded[:, :, 4:36, 4:36] = batch
+    shifts = set()
+    for img, whole in zip(out, padded, strict=True):
+        found = [(i, j) for i in range(9) for j in range(9) if (whole[:, i:i+32, j:j+32] == img).all()]
+        assert len(found) == 1
+        shifts.update(found)
+    assert {i for i, _ in shifts} == {j for _, j in shifts} == set(range(9))
+    assert len(shifts) > 70  # of 81: each image draws its own
+
+
+def test_flip_mirrors_about_half_of_a_batch_and_nothing_else(batch):
+    out = FlipLR()(batch, split_idx=0)
+    flipped = (out == batch.flip(-1)).flatten(1).all(1)
+    assert (flipped | (out == batch).flatten(1).all(1)).all()
+    assert 0.4 * N < flipped.sum() < 0.6 * N  # 4 standard deviations
+
+
+def test_cutout_covers_one_8x8_square_inside_the_image(batch):
+    before = batch.clone()
+    out = Cutout(8)(batch, split_idx=0)
+    assert (batch == before).all(), 'changed its input'
+    corners = set()
+    for hole, img, old in zip(is_grey(out), out, before, strict=True):
+        rows, cols = hole.any(1).nonzero()[:, 0], hole.any(0).nonzero()[:, 0]
+        assert len(rows) == len(cols) == 8
+        assert hole.sum() == 64
+        assert (img == old)[:, ~hole].all()
+        corners.add((rows[0].item(), cols[0].item()))
+    assert {i for i, _ in corners} == {j for _, j in corners} == set(range(25))
+
+
+@pytest.mark.parametrize('tfm', [PadCrop(4), FlipLR(), Cutout(8)], ids=lambda t: type(t).__name__)
+class TestEachTransform:
+    def test_leaves_test_images_alone(self, tfm, batch):
+        assert (tfm(batch, split_idx=1) == batch).all()
+
+    def test_image_and_batch_forms_agree(self, tfm, batch):
+        one = batch[:1]
+        for seed in range(20):
+            torch.manual_seed(seed)
+            as_batch = tfm(one, split_idx=0)[0]
+            torch.manual_seed(seed)
+            as_image = tfm(one[0], split_idx=0)
+            assert type(as_image) is TensorImage
+            assert (as_image == as_batch).all()
+
+    def test_draws_anew_for_each_image(self, tfm, batch):
+        same = TensorImage(batch[:1].repeat(64, 1, 1, 1))
+        assert len({img.numpy().tobytes() for img in tfm(same, split_idx=0)}) > 1
+
+
+def test_transforms_come_in_the_assignments_order():
+    assert [type(t) for t in Pipeline([Cutout(), FlipLR(), PadCrop()]).fs] == [PadCrop, FlipLR, Cutout]
+
+
+@pytest.mark.parametrize('stock', [False, True])
+def test_loaders(folder, stock):
+    dls = get_dls(folder, bs=8, stock_loader=stock, num_workers=0)
+    assert isinstance(dls.train, BatchDL) != stock
+    assert (len(dls.train_ds), len(dls.valid_ds), len(dls.train), len(dls.valid)) == (24, 12, 3, 2)
+    assert list(dls.vocab) == ['blue', 'green', 'red']
+    x, y = dls.train.one_batch()
+    assert (x.shape, x.dtype, y.shape) == ((8, 3, 32, 32), torch.float32, (8,))
+    means = torch.tensor(cifar_stats[0])[:, None, None], torch.tensor(cifar_stats[1])[:, None, None]
+    seen = []
+    for x, y in dls.valid:  # test images: as in the files, normalised, in order, none left out
+        for img, label in zip(x, y, strict=True):
+            file = dls.valid_ds.items[len(seen)]
+            pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+            torch.testing.assert_close(img.as_subclass(torch.Tensor), (pixels - means[0]) / means[1])
+            assert dls.vocab[label] == file.parent.name
+            seen.append(file)
+    assert seen == list(dls.valid_ds.items) == sorted(seen)
+
+
+def test_an_epoch_shows_every_training_image_once_and_anew_each_time(folder):
+    dls = get_dls(folder, bs=8)
+    dls.train_ds.images = torch.arange(24, dtype=torch.uint8)[:, None, None, None].expand(24, 3, 32, 32).contiguous()
+    mean, std = (o[0] for o in cifar_stats)
+    epochs = [torch.cat([((x[:, 0] * std + mean) * 255).round().flatten(1).mode(1).values for x, _ in dls.train])
+              for _ in range(2)]
+    assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist()) == list(range(24))
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_both_loaders_show_the_same_distribution(tmp_path):
+    make_folder(tmp_path/'d', train=64, test=1)
+    moments = []
+    for stock in (False, True):
+        torch.manual_seed(0)
+        dls = get_dls(tmp_path/'d', bs=64, stock_loader=stock, num_workers=0)
+        grey, total = torch.zeros(32, 32), 0.
+        for _ in range(4):
+            for x, _ in dls.train:
+                x = x.as_subclass(torch.Tensor)
+                grey += (x.abs() < 0.01).all(1).sum(0)
+                total += x.mean((0, 2, 3))
+        moments.append((grey / (4 * 192), total / (4 * 3)))
+    # How often a pixel is padding or hole, by place (binomial, 768 draws), and the mean colour
+    assert (moments[0][0] - moments[1][0]).abs().max() < 5.5 * (2 * 0.25 / 768) ** 0.5
+    assert (moments[0][0].mean() - moments[1][0].mean()).abs() < 0.01
+    assert (moments[0][1] - moments[1][1]).abs().max() < 0.05
+
+
+def test_what_a_fastai_user_does_with_a_loader_works(folder):
+    dls = get_dls(folder, bs=8)
+    dls.show_batch(max_n=4)
+    dls.train.show_batch(max_n=4, unique=True)
+    dls.show_batch(unique=True)
+    files = dls.valid_ds.items[3:6]
+    x, = dls.test_dl(files).one_batch()
+    torch.testing.assert_close(x, dls.valid.one_batch()[0][3:6])
+    x, y = dls.test_dl(files, with_labels=True).one_batch()
+    assert [dls.vocab[i] for i in y] == [f.parent.name for f in files]
+    x, = dls.test_dl([PILImage.create(files[0])]).one_batch()
+    torch.testing.assert_close(x[0], dls.valid.one_batch()[0][3])
+
+
+def test_shuffling_is_seeded_by_the_loaders_generator(folder):
+    dls = get_dls(folder, bs=8)
+    orders = []
+    for _ in range(2):
+        dls.train.rng = random.Random(5)
+        orders.append([y.tolist() for _, y in dls.train])
+    assert orders[0] == orders[1]
+
+
+def save(path, array, **kwargs):
+    path.unlink(missing_ok=True)
+    Image.fromarray(array, **kwargs).save(path)
+
+
+def test_grey_alpha_and_palette_images_become_rgb(tmp_path):
+    path = make_folder(tmp_path/'d')
+    files = sorted((path/'train/red').iterdir())
+    grey = np.arange(1024, dtype='uint8').reshape(32, 32)
+    colour = np.stack([grey, grey.T, 255 - grey], -1)
+    save(files[0], grey)
+    save(files[1], np.concatenate([colour, np.full((32, 32, 1), 255, 'uint8')], -1))
+    files[2].unlink()
+    Image.fromarray(colour).quantize(256).save(files[2])
+    save(files[3], np.stack([grey, np.full((32, 32), 255, 'uint8')], -1))
+    images = decode_images(files)
+    assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
+    for i in range(4):
+        expected = torch.from_numpy(np.array(Image.open(files[i]).convert('RGB'))).permute(2, 0, 1)
+        assert (images[i] == expected).all(), i
+
+
+def other_size(path): save(path/'train/red/0.png', np.zeros((32, 33, 3), 'uint8'))
+def zero_bytes(path): (path/'test/red/0.png').write_bytes(b'')
+def text_as_image(path): (path/'train/red/0.png').write_text('hello')
+def half_an_image(path): (path/'train/red/1.png').write_bytes((path/'train/red/1.png').read_bytes()[:300])
+def no_test_folder(path): (path/'test').rename(path/'valid')
+def extra_class(path): (path/'train/pink').mkdir()
+def lacking_class(path): (path/'train/red').rename(path/'red')
+
+
+def empty_class(path):
+    for split in ('train', 'test'): (path/split/'pink').mkdir()
+
+
+def no_images(path):
+    for f in path.rglob('*.png'): f.unlink()
+
+
+def one_class(path):
+    for split in ('train', 'test'):
+        for c in ('red', 'blue'): (path/split/c).rename(path/f'{split} {c}')
+
+
+def image_beside_classes(path): (path/'train/red/0.png').rename(path/'train/0.png')
+
+
+def image_too_deep(path):
+    (path/'train/red/more').mkdir()
+    (path/'train/red/0.png').rename(path/'train/red/more/0.png')
+
+
+def gone(path): path.rename(path.with_name('elsewhere'))
+
+
+def a_file(path):
+    gone(path)
+    path.write_text('no folder')
+
+
+BAD_FOLDERS = [
+    (gone, 'does not exist'), (a_file, 'is a file'), (no_test_folder, 'has no folder "test"'),
+    (extra_class, 'class "pink" is in'), (lacking_class, 'class "red" is in'),
+    (empty_class, 'train/pink holds no images'), (no_images, 'holds no images'), (one_class, 'fewer than two class'),
+    (image_beside_classes, 'train/0.png is not where'), (image_too_deep, 'train/red/more/0.png lies too deep'),
+    (other_size, 'train/red/0.png is 33×32 pixels'),
+    (zero_bytes, 'test/red/0.png cannot be read'), (text_as_image, 'train/red/0.png cannot be read'),
+    (half_an_image, 'train/red/1.png cannot be read'),
+]
+
+
+@pytest.mark.parametrize(('spoil', 'message'), BAD_FOLDERS, ids=lambda o: getattr(o, '__name__', ''))
+def test_a_bad_folder_is_named_in_one_line(tmp_path, spoil, message):
+    path = make_folder(tmp_path/'d')
+    spoil(path)
+    with pytest.raises(DataError) as e: get_dls(path, bs=8)
+    assert message in str(e.value)
+    assert '\n' not in str(e.value)
+
+
+def test_fewer_training_images_than_a_batch(folder):
+    with pytest.raises(DataError, match='24 training images, fewer than one batch of 25'): get_dls(folder, bs=25)
+
+
+def test_names_with_spaces_and_letters_of_any_language(tmp_path):
+    path = make_folder(tmp_path/'ein Ordner')
+    for split in ('train', 'test'): (path/split/'red').rename(path/split/'très rouge 赤')
+    assert list(get_dls(path, bs=8).vocab) == ['blue', 'green', 'très rouge 赤']
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='no file is closed to the superuser')
+def test_a_file_without_permission(tmp_path):
+    path = make_folder(tmp_path/'d')
+    (path/'train/red/0.png').chmod(0)
+    with pytest.raises(DataError, match='red/0.png cannot be read'): get_dls(path, bs=8)
+
+
+def test_files_come_sorted_whatever_the_directory_says(folder, monkeypatch):
+    walk = os.walk
+    monkeypatch.setattr(os, 'walk', lambda *a, **k: ((r, d[::-1], f[::-1]) for r, d, f in walk(*a, **k)))
+    assert list(image_files(folder)) == sorted(folder.rglob('*.png'), key=lambda f: f.parts)
+
+
+def test_the_genuine_cifar10(cifar10):
+    files = image_files(cifar10)
+    assert len(files) == 60_000
+    images = decode_images(files[10_000:][::50]).float() / 255
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(cifar_stats[0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(cifar_stats[1]), atol=0.01, rtol=0)
+
+
+def test_a_given_folder_is_not_downloaded(folder): assert get_data(str(folder)) == folder
