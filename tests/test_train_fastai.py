@@ -1,0 +1,408 @@
+import errno
+import http.server
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, make_folder
+from fastai.vision.all import Callback, ClassificationInterpretation, Learner, URLs, load_learner
+from kill import command, differences, kill_and_resume, run_options
+from PIL import Image
+
+import train_fastai
+from arch import ResNet
+from data import get_dls
+from train_fastai import OptionError, check_options, get_learner, locked, main
+
+FILES = {'metrics.json', 'history.csv', 'schedule.csv', 'lr_find.csv', 'misclassified.csv', 'lr_find.png',
+         'schedule.png', 'history.png', 'misclassified.png', 'top_losses.png', 'confusion_matrix.png', 'augmented.png',
+         'checkpoint.pth', 'model.pth', 'report.md'}
+METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
+           'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
+           'test_images', 'versions', 'options'}
+
+
+@pytest.fixture(scope='module')
+def run(folder, tmp_path_factory):
+    """A run as a user starts it, with the finder: its folder and what it printed."""
+    out = tmp_path_factory.mktemp('runs')/'finder'
+    done = run_program('--data', folder, '--out', out, '--epochs', 3, '--bs', 6)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout, done.stderr
+
+
+@pytest.fixture(scope='module')
+def whole(folder, tmp_path_factory):
+    """A run that nothing disturbed, with the options that the disturbed ones have."""
+    out = tmp_path_factory.mktemp('runs')/'whole'
+    start(folder, out)
+    return out
+
+
+def run_program(*args): return subprocess.run(command(*args), capture_output=True, text=True)
+
+
+def start(folder, out): main(data=str(folder), out=str(out), epochs=6, bs=8, lr_min=1e-4, lr_max=1e-3)
+
+
+def ends(capsys, code, call, **options) -> str:
+    """The one line on stderr with which `call` ends the program, after its name."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: call(**options)
+    err = capsys.readouterr().err
+    assert e.value.code == code, err
+    assert err.count('\n') == 1
+    return err.removeprefix('train_fastai.py: ')
+
+
+class TestRunFolder:
+    def test_holds_every_file_and_no_other(self, run): assert {f.name for f in run[0].iterdir()} == FILES
+
+    def test_metrics(self, run, folder):
+        out, _, _ = run
+        m = json.loads((out/'metrics.json').read_text())
+        assert set(m) == METRICS
+        last = pd.read_csv(out/'history.csv').iloc[-1]
+        assert [m[k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')] == pytest.approx(
+            [last[k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')])
+        assert m['parameters'] == sum(p.numel() for p in ResNet(n_out=3).parameters())
+        assert (m['epochs'], m['batch_size'], m['seed']) == (3, 6, 42)
+        assert (m['train_images'], m['test_images']) == (24, 12)
+        assert 0 < m['lr_min'] < m['lr_max']
+        assert 0 < m['seconds_training'] < m['seconds_total']
+        assert torch.__version__.startswith(m['versions']['torch'])
+        assert m['options']['data'] == str(folder)
+        assert m['options']['lr_min'] is None
+        over = [i for i, a in enumerate(pd.read_csv(out/'history.csv').test_accuracy, 1) if a > 0.9]
+        assert m['first_epoch_over_90'] == (over[0] if over else None)
+
+    def test_tables(self, run):
+        out, _, _ = run
+        history = pd.read_csv(out/'history.csv')
+        assert list(history) == ['epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds']
+        assert list(history.epoch) == [1, 2, 3]
+        schedule = pd.read_csv(out/'schedule.csv')
+        assert list(schedule) == ['batch', 'lr', 'momentum']
+        assert list(schedule.batch) == list(range(1, 13))
+        finder = pd.read_csv(out/'lr_find.csv')
+        assert list(finder) == ['lr', 'loss']
+        assert finder.lr[0] == pytest.approx(1e-7)
+        assert finder.lr.is_monotonic_increasing
+        m = json.loads((out/'metrics.json').read_text())
+        assert schedule.lr[0] == pytest.approx(m['lr_min'])
+        # 5/24 of 12 batches is between two: the top of a cosine is flat
+        assert m['lr_max'] * 0.98 < schedule.lr.max() < m['lr_max'] * 1.0001
+        assert finder.lr.min() < m['lr_min'] < m['lr_max'] < finder.lr.max()
+        wrong = pd.read_csv(out/'misclassified.csv')
+        assert list(wrong) == ['file', 'actual', 'predicted', 'probability', 'loss']
+        assert len(wrong) == round(12 * (1 - m['test_accuracy']))
+        assert wrong.loss.is_monotonic_decreasing
+
+    def test_figures_show_something(self, run):
+        for file in run[0].glob('*.png'):
+            image = Image.open(file)
+            assert min(image.size) >= 400, file
+            assert len(image.convert('RGB').getcolors(10**6)) > 20, file
+
+    def test_report_shows_every_figure_and_the_numbers(self, run):
+        out, _, _ = run
+        text = (out/'report.md').read_text()
+        links = re.findall(r'\]\((.*?)\)', text)
+        assert {f.name for f in out.glob('*.png')} <= set(links)
+        assert all((out/link).exists() for link in links)
+        m = json.loads((out/'metrics.json').read_text())
+        for part in (f'{m["parameters"]:,}', f'{m["test_accuracy"]:.2%}', '6,573,130', '98.60%', '93.07%', '19'):
+            assert part in text
+
+    def test_weights_are_a_plain_state_dict_that_gives_the_recorded_accuracy(self, run, folder):
+        out, _, _ = run
+        net = ResNet(n_out=3)
+        net.load_state_dict(torch.load(out/'model.pth', weights_only=True))
+        right = sum((net.eval()(x.as_subclass(torch.Tensor)).argmax(1) == y).sum() for x, y in get_dls(folder, bs=6).valid)
+        assert right.item() / 12 == pytest.approx(json.loads((out/'metrics.json').read_text())['test_accuracy'])
+
+    def test_what_the_figures_show_is_printed(self, run):
+        out, printed, errors = run
+        m = json.loads((out/'metrics.json').read_text())
+        for part in (f'LRMIN {m["lr_min"]:.2e}', f'LRMAX {m["lr_max"]:.2e}', f'{m["parameters"]:,} parameters',
+                     f'test accuracy {m["test_accuracy"]:.2%}', f'training accuracy {m["train_accuracy"]:.2%}',
+                     str(out), '24 training and 12 test images', 'first epoch over 90 %'):
+            assert part in printed
+        table = [line.split() for line in printed.splitlines() if re.match(r'\d+ +[\d.]+ ', line)]
+        for line, row in zip(table, pd.read_csv(out/'history.csv').to_dict('records'), strict=True):
+            assert [float(o) for o in line[:5]] == pytest.approx(list(row.values())[:5], abs=1e-6)
+        assert '\r' not in printed
+        assert errors == ''
+
+    def test_only_its_folder_was_written(self, run, folder):
+        assert len(list(folder.rglob('*'))) == 36 + 6 + 2
+
+
+def test_a_real_slice_is_learned(cifar10, tmp_path):
+    """Three classes, 32 batches: chance is 1/3. Nine seeds gave 0.69 and more."""
+    for split, n in (('train', 128), ('test', 50)):
+        for name in ('automobile', 'frog', 'ship'):
+            (tmp_path/'slice'/split/name).mkdir(parents=True)
+            for file in sorted((cifar10/split/name).iterdir())[:n]:
+                (tmp_path/'slice'/split/name/file.name).symlink_to(file)
+    learn = get_learner(get_dls(tmp_path/'slice', bs=32), path=tmp_path)
+    learn.fit_one_cycle(3, 1e-3, div=10, div_final=10, pct_start=5/24)
+    assert learn.history.rows[-1]['test_accuracy'] > 0.6
+    assert learn.history.rows[-1]['train_loss'] < 0.9 < math.log(3) < learn.history.rows[0]['train_loss'] + 0.2
+
+
+def test_plain_fastai_from_here_on(folder, tmp_path):
+    """What the README promises of a learner."""
+    learn = get_learner(get_dls(folder, bs=8), 'fp32', path=tmp_path)
+    learn.fit_one_cycle(1, 1e-3)
+    file = learn.dls.valid_ds.items[0]
+    name, index, probabilities = learn.predict(file)
+    assert learn.dls.vocab[index] == name
+    assert probabilities.sum().item() == pytest.approx(1)
+    preds, targets = learn.get_preds()
+    assert preds.shape == (12, 3)
+    torch.testing.assert_close(preds[0], probabilities)
+    interp = ClassificationInterpretation.from_learner(learn)
+    interp.plot_top_losses(9)
+    assert interp.confusion_matrix().sum() == 12
+    learn.show_results()
+    learn.export()
+    with pytest.warns(UserWarning, match='insecure pickle'): again = load_learner(tmp_path/'export.pkl')
+    torch.testing.assert_close(again.predict(file)[2], probabilities)
+
+
+OPTIONS = dict(epochs=24, bs=512, seed=42, lr_min=None, lr_max=None, final_div=1)
+BAD_OPTIONS = [
+    (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'), (dict(bs=1), '--bs 1'),
+    (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
+    (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX'),
+    (dict(lr_min=1e-3, lr_max=1e-3), '0 < LRMIN'), (dict(lr_min=0., lr_max=1e-3), '0 < LRMIN'),
+    (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
+    (dict(final_div=0), '--final-div 0'), (dict(final_div=-1), '--final-div -1'),
+    (dict(final_div=math.inf), '--final-div'), (dict(final_div=math.nan), '--final-div'),
+]
+
+
+@pytest.mark.parametrize(('change', 'message'), BAD_OPTIONS, ids=lambda o: ' '.join(o) if isinstance(o, dict) else '')
+def test_options_out_of_range(change, message):
+    check_options(**OPTIONS)
+    with pytest.raises(OptionError) as e: check_options(**OPTIONS | change)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (dict(epochs=0), '--epochs 0'),
+    (dict(precision='int8'), '--precision int8 is not one of'),
+    (dict(precision='fp16'), '--precision fp16 needs a CUDA GPU'),
+    (dict(bs=25), 'fewer than one batch of 25'),
+    (dict(data='nowhere'), 'data folder nowhere does not exist'),
+    (dict(resume='nowhere'), 'nowhere/checkpoint.pth does not exist'),
+], ids=str)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
+    if torch.cuda.is_available(): monkeypatch.setattr(train_fastai, 'get_dls', lambda *a, **k: get_dls(*a, **k).cpu())
+    monkeypatch.chdir(tmp_path)
+    assert message in ends(capsys, 2, main, **dict(data=str(folder), bs=8) | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_on_the_command_line(tmp_path):
+    done = run_program('--data', tmp_path/'none', '--out', tmp_path/'out')
+    assert done.returncode == 2
+    assert done.stderr == f'train_fastai.py: error: data folder {tmp_path}/none does not exist\n'
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(folder, run, tmp_path, capsys):
+    before = {f: f.stat().st_mtime_ns for f in run[0].iterdir()}
+    assert 'already holds a run' in ends(capsys, 2, main, data=str(folder), out=str(run[0]), bs=8)
+    assert {f: f.stat().st_mtime_ns for f in run[0].iterdir()} == before
+    (tmp_path/'file').touch()
+    assert 'is a file' in ends(capsys, 2, main, data=str(folder), out=str(tmp_path/'file'), bs=8)
+
+
+def test_of_two_runs_in_one_folder_at_once_one_refuses(folder, tmp_path):
+    both = [subprocess.Popen(command(*run_options(folder, tmp_path/'out', 1)), stderr=subprocess.PIPE, text=True,
+                             stdout=subprocess.DEVNULL) for _ in range(2)]
+    errors = [p.communicate()[1] for p in both]
+    assert sorted(p.returncode for p in both) == [0, 2]
+    assert sum('in use by another run' in e or 'already holds a run' in e for e in errors) == 1
+    assert (tmp_path/'out/model.pth').exists()
+
+
+def test_a_folder_in_use_is_refused(folder, tmp_path, capsys):
+    with locked(tmp_path): assert 'in use by another run' in ends(capsys, 2, start, folder=folder, out=tmp_path)
+
+
+@pytest.mark.parametrize('found', [(1e-2, 1e-3), (1e-3, 1e-3), (math.nan, 1e-3), (1e-4, math.nan)])
+def test_a_finder_without_a_usable_answer_is_told(folder, tmp_path, capsys, monkeypatch, found):
+    monkeypatch.setattr(Learner, 'lr_find', lambda *_, **__: found)
+    message = ends(capsys, 1, main, data=str(folder), out=str(tmp_path/'out'), bs=8)
+    assert 'set --lr-min and --lr-max' in message
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_record(folder, tmp_path, capsys):
+    out = tmp_path/'out'
+    message = ends(capsys, 1, main, data=str(folder), out=str(out), bs=8, epochs=6, lr_min=1e-3, lr_max=1e25)
+    epoch = int(re.search(r'not finite at (?:batch \d of 3|the test after) (?:of )?epoch (\d)', message)[1])
+    assert '--lr-max' in message
+    assert len(pd.read_csv(out/'history.csv')) == epoch - 1
+    assert (out/'schedule.png').exists()
+    assert not (out/'model.pth').exists()
+
+
+class Disturb(Callback):
+    """Calls `act` before batch 2 of epoch 4."""
+    def __init__(self, act): self.act = act
+
+    def before_batch(self):
+        if self.training and self.epoch == 3 and self.iter == 1: self.act()
+
+
+def disturbed(monkeypatch, act):
+    """Makes the next run call `act` in the middle of an epoch."""
+    def get(*args, **kwargs):
+        monkeypatch.undo()
+        return get_learner(*args, **kwargs).add_cb(Disturb(act))
+    monkeypatch.setattr(train_fastai, 'get_learner', get)
+
+
+def test_ctrl_c_and_resume_end_like_the_run_that_was_left_alone(folder, whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    message = ends(capsys, 130, start, folder=folder, out=out)
+    assert f'--resume {out}' in message
+    assert len(pd.read_csv(out/'history.csv')) == 3
+    assert (out/'history.png').exists()
+    assert not (out/'model.pth').exists()
+    assert '--epochs 7 contradicts' in ends(capsys, 2, main, resume=str(out), epochs=7)
+    other = make_folder(tmp_path/'other', seed=1)
+    assert 'holds other images' in ends(capsys, 2, main, resume=str(out), data=str(other))
+    main(resume=str(out))
+    assert differences(whole, out) == []
+    assert 'this run is finished' in ends(capsys, 2, main, resume=str(out))
+
+
+def test_resume_on_the_command_line_knows_given_options_from_defaults(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    ends(capsys, 130, start, folder=folder, out=out)
+    done = run_program('--resume', out, '--epochs', 24)
+    assert done.returncode == 2
+    assert f'--epochs 24 contradicts the run in {out}, which has 6' in done.stderr
+
+
+def test_a_run_that_only_lacks_its_results_is_finished(folder, whole, tmp_path, monkeypatch):
+    out = tmp_path/'out'
+    def die(*_): raise SystemExit
+    monkeypatch.setattr(train_fastai.figures, 'misclassified', die)
+    with pytest.raises(SystemExit): start(folder, out)
+    monkeypatch.undo()
+    main(resume=str(out))
+    assert differences(whole, out) == []
+
+
+def test_sigterm(folder, whole, tmp_path):
+    out = tmp_path/'out'
+    process = subprocess.Popen(command(*run_options(folder, out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    for line in process.stdout:
+        if line.startswith('1 '): break
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 143
+    assert err == f'train_fastai.py: interrupted; go on from the last whole epoch with --resume {out}\n'
+    main(resume=str(out))
+    assert differences(whole, out) == []
+
+
+def test_three_kills_at_random_moments(folder, whole, tmp_path):
+    kill_and_resume(folder, tmp_path/'out', 3, random.Random())
+    assert differences(whole, tmp_path/'out') == []
+
+
+@pytest.mark.parametrize('error', [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(folder, whole, tmp_path, capsys, monkeypatch, error):
+    out = tmp_path/'out'
+    def fail():
+        def fsync(_): raise OSError(error, os.strerror(error))
+        monkeypatch.setattr(os, 'fsync', fsync)
+    disturbed(monkeypatch, fail)
+    message = ends(capsys, 1, start, folder=folder, out=out)
+    assert os.strerror(error) in message
+    assert f'--resume {out}' in message
+    monkeypatch.undo()
+    main(resume=str(out))
+    assert differences(whole, out) == []
+
+
+def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsys):
+    file = tmp_path/'checkpoint.pth'
+    content = (whole/'checkpoint.pth').read_bytes()
+    file.write_bytes(content[:len(content) // 2])
+    assert 'checkpoint.pth is damaged' in ends(capsys, 2, main, resume=str(tmp_path))
+    flipped = bytearray(content)
+    flipped[len(content) // 3] ^= 1
+    file.write_bytes(flipped)
+    assert 'checkpoint.pth is damaged' in ends(capsys, 2, main, resume=str(tmp_path))
+    torch.save(dict(a=1), file)
+    assert 'is not of this program' in ends(capsys, 2, main, resume=str(tmp_path))
+    torch.save(dict(a=Path), file)
+    assert 'holds more than weights' in ends(capsys, 2, main, resume=str(tmp_path))
+
+
+@pytest.fixture
+def breaking_server(tmp_path, monkeypatch):
+    """A server on this machine that breaks off in the middle of an archive, as the source of CIFAR-10."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header('Content-Length', '1000000')
+            self.end_headers()
+            self.wfile.write(b'x' * 1000)
+
+        def log_message(self, *_): pass
+    server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
+    monkeypatch.setattr(URLs, 'CIFAR', f'http://127.0.0.1:{server.server_port}/cifar10.tgz')
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_that_breaks_is_one_line_and_leaves_no_data_set(breaking_server, tmp_path, capsys):
+    for _ in range(2):
+        assert 'CIFAR-10 could not be downloaded' in ends(capsys, 2, main, out=str(tmp_path/'out'))
+        assert not (tmp_path/'home/data/cifar10').exists()
+        assert not (tmp_path/'out').exists()
+
+
+def test_no_network_is_one_line(breaking_server, tmp_path, capsys):
+    breaking_server.shutdown()
+    breaking_server.server_close()
+    assert 'check the network, or pass a folder' in ends(capsys, 2, main, out=str(tmp_path/'out'))
+
+
+def test_the_stock_loader_trains_too(folder, tmp_path):
+    main(data=str(folder), out=str(tmp_path/'out'), bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3, stock_loader=True)
+    assert json.loads((tmp_path/'out/metrics.json').read_text())['options']['stock_loader'] is True
+
+
+def test_environment_yml_installs_the_same_requirements():
+    import yaml
+    environment = yaml.safe_load((ROOT/'environment.yml').read_text())
+    pip = next(d['pip'] for d in environment['dependencies'] if isinstance(d, dict))
+    assert pip == ['-r requirements.txt']
+    assert 'python=3.11' in environment['dependencies']
+    lines = [line for line in (ROOT/'requirements.txt').read_text().splitlines() if line and not line.startswith('#')]
+    assert all(re.fullmatch(r'[\w-]+==[\d.]+', line) for line in lines)
+    assert {'torch==2.14.1', 'torchvision==0.29.1', 'fastai==2.8.12'} <= set(lines)
