@@ -127,7 +127,8 @@ class TestRunFolder:
         out, _, _ = run
         net = ResNet(n_out=3)
         net.load_state_dict(torch.load(out/'model.pth', weights_only=True))
-        right = sum((net.eval()(x.as_subclass(torch.Tensor)).argmax(1) == y).sum() for x, y in get_dls(folder, bs=6).valid)
+        net.eval()
+        right = sum((net(x.as_subclass(torch.Tensor)).argmax(1) == y).sum() for x, y in get_dls(folder, bs=6).valid)
         assert right.item() / 12 == pytest.approx(json.loads((out/'metrics.json').read_text())['test_accuracy'])
 
     def test_what_the_figures_show_is_printed(self, run):
