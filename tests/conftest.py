@@ -1,3 +1,4 @@
+import math
 import os
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def make_folder(path: Path, train: int = 8, test: int = 4, seed: int = 0) -> Pat
                 pixels = np.clip(np.array(colour) + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype('uint8')
                 Image.fromarray(pixels).save(folder/f'{i}.png')
     return path
+
+
+def one_cycle(i: int, n: int, lr_min: float, lr_max: float, final_div: float = 1.) -> float:
+    """The LR of batch `i` of `n` as the assignment words it, with cosine ramps."""
+    t, peak = i / n, 5 / 24
+    if t < peak: return lr_min + (lr_max - lr_min) * (1 - math.cos(math.pi * t / peak)) / 2
+    last = lr_min / final_div
+    return last + (lr_max - last) * (1 + math.cos(math.pi * (t - peak) / (1 - peak))) / 2
 
 
 @pytest.fixture(scope='session')

@@ -1,12 +1,12 @@
 import errno
-import math
 import os
 import pickle
+import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import make_folder, one_cycle
 from fastai.vision.all import Adam, Callback, F, Learner, ProgressCallback, Tensor, set_seed
 
 from arch import ResNet
@@ -47,18 +47,10 @@ def trained(folder, tmp_path_factory):
     return learn
 
 
-def one_cycle(i, n, final_div=1.):
-    """The LR of batch `i` of `n` as the assignment words it, with cosine ramps."""
-    t, peak = i / n, 5 / 24
-    if t < peak: return LR_MIN + (LR_MAX - LR_MIN) * (1 - math.cos(math.pi * t / peak)) / 2
-    last = LR_MIN / final_div
-    return last + (LR_MAX - last) * (1 + math.cos(math.pi * (t - peak) / (1 - peak))) / 2
-
-
 def test_the_schedule_rises_from_lrmin_to_lrmax_at_5_24_and_falls_back(trained):
     rows = trained.history.schedule
     assert [r['batch'] for r in rows] == list(range(1, 25)), 'a row a training batch, and none of the finder'
-    assert [r['lr'] for r in rows] == pytest.approx([one_cycle(i, 24) for i in range(24)])
+    assert [r['lr'] for r in rows] == pytest.approx([one_cycle(i, 24, LR_MIN, LR_MAX) for i in range(24)])
     assert rows[0]['lr'] == pytest.approx(LR_MIN)
     assert max(rows, key=lambda r: r['lr'])['batch'] == 6  # batches 1 to 5 are the rise: 5/24 of them
     assert rows[5]['lr'] == pytest.approx(LR_MAX)
@@ -68,7 +60,8 @@ def test_the_schedule_rises_from_lrmin_to_lrmax_at_5_24_and_falls_back(trained):
 
 def test_final_div_is_relative_to_lrmin(dls, tmp_path):
     learn = fit(get_learner(dls, 'fp32', path=tmp_path), 4, final_div=100)
-    assert [r['lr'] for r in learn.history.schedule] == pytest.approx([one_cycle(i, 12, 100) for i in range(12)])
+    expected = [one_cycle(i, 12, LR_MIN, LR_MAX, 100) for i in range(12)]
+    assert [r['lr'] for r in learn.history.schedule] == pytest.approx(expected)
 
 
 def test_the_schedule_holds_what_the_optimizer_used(dls, tmp_path):
@@ -162,6 +155,18 @@ def test_fused_adamw_steps_like_fastais_adam(dls):
     set_seed(0)
     start = torch.cat([p.detach().flatten() for p in ResNet(n_out=3).parameters()])
     assert (nets[0] - nets[1]).norm() < 1e-3 * (nets[0] - start).norm()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a matter of glibc')
+def test_on_a_cpu_the_process_keeps_what_tensors_free(folder):
+    import resource  # which Windows lacks
+    get_learner(get_dls(folder, bs=8, device=torch.device('cpu')), 'fp32')
+    faults = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 16,384 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[1] < 1000
 
 
 def test_weight_decay_spares_batch_norm_and_biases():

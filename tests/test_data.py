@@ -110,6 +110,40 @@ def test_loaders(folder, stock):
     assert seen == list(dls.valid_ds.items) == sorted(seen)
 
 
+@pytest.mark.parametrize('stock', [False, True])
+def test_training_images_are_each_padded_cropped_flipped_and_cut_and_test_images_are_not(tmp_path, stock):
+    """On images whose red tells the column and whose green the row that a pixel came from."""
+    path = make_folder(tmp_path/'d')
+    place = np.arange(32, dtype='uint8') * 4
+    image = np.stack(np.broadcast_arrays(place, place[:, None], np.uint8(250)), -1)
+    for file in path.rglob('*.png'): Image.fromarray(image).save(file)
+    torch.manual_seed(0)
+    dls = get_dls(path, bs=8, stock_loader=stock, num_workers=0)
+    mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
+
+    def pixels(batch): return ((batch[0].as_subclass(torch.Tensor) * std + mean) * 255).round().int()
+
+    for batch in dls.valid: assert (pixels(batch) == torch.from_numpy(image).permute(2, 0, 1)).all()
+    i, j = torch.meshgrid(torch.arange(32), torch.arange(32), indexing='ij')
+    seen = []
+    for img in [img for _ in range(5) for batch in dls.train for img in pixels(batch)]:
+        covered = img[2] != 250
+        column, row = img[0, ~covered] // 4, img[1, ~covered] // 4
+        flipped = (column - j[~covered]).unique().numel() > 1
+        dx = (column + j[~covered] - 31 if flipped else column - j[~covered]).unique()
+        dy = (row - i[~covered]).unique()
+        assert len(dx) == len(dy) == 1
+        dx, dy = dx.item(), dy.item()
+        padding = 32 * 32 - (32 - abs(dx)) * (32 - abs(dy))
+        seen.append((dx, dy, flipped, covered.sum().item() - padding))
+    dxs, dys, flips, holes = zip(*seen, strict=True)
+    assert set(dxs) == set(dys) == set(range(-4, 5))
+    assert 40 < sum(flips) < 80  # of 120
+    assert min(holes) >= 16  # the rest of it on padding
+    assert max(holes) == 64
+    for k in (0, 1, 2): assert any(len({o[k] for o in seen[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
+
+
 def test_an_epoch_shows_every_training_image_once_and_anew_each_time(folder):
     dls = get_dls(folder, bs=8)
     dls.train_ds.images = torch.arange(24, dtype=torch.uint8)[:, None, None, None].expand(24, 3, 32, 32).contiguous()
