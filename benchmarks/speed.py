@@ -10,8 +10,10 @@ import ctypes
 import json
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
+warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fastai.vision.all import *
 from fastcore.script import call_parse
