@@ -140,6 +140,10 @@ class PlainLog(Callback):
 class CheckpointError(RuntimeError):
     """A file of a run cannot be written, read or trusted; the message is one line that names it."""
 
+    def __init__(self, message: str): self.message = message
+
+    def __str__(self) -> str: return self.message  # fastai puts words of its own into `args`
+
 
 def write_whole(file: Path, content: bytes):
     """Puts `content` in place of `file` at once: whatever happens meanwhile, the old or the new one is there, whole.

@@ -28,7 +28,7 @@ def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     fig, (top, bottom) = plt.subplots(2, figsize=(8, 6), sharex=True, layout='constrained', height_ratios=(2, 1))
     top.plot(batch, lr, color=TRAIN)
     peak = int(np.argmax(lr))
-    for at, name, offset in ((0, 'start', (14, 2)), (peak, 'peak', (0, 9)), (len(lr) - 1, 'end', (0, 75))):
+    for at, name, offset in ((0, 'start', (14, 2)), (peak, 'peak', (0, 9)), (len(lr) - 1, 'end', (0, 56))):
         top.plot(batch[at], lr[at], 'o', color=MARK)
         top.annotate(f'{name}: {lr[at]:.2e}, epoch {at / batches_per_epoch:.3g}', (batch[at], lr[at]), offset,
                      textcoords='offset points', color=MARK,

@@ -16,7 +16,6 @@ import shlex
 import signal
 import sys
 import time
-from argparse import SUPPRESS
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,8 +130,8 @@ def given_options(options: dict) -> dict:
     """Those of `options` that were given rather than left at their defaults."""
     parser = anno_parser(main)
     if not is_cli(): return {k: v for k, v in options.items() if v != parser.get_default(k)}
-    parser.set_defaults(**dict.fromkeys(options, SUPPRESS))
-    return {k: v for k, v in vars(parser.parse_args()).items() if k in options and v != SUPPRESS}
+    given = parser.parse_args(namespace=SimpleNamespace(**dict.fromkeys(options)))  # which keeps defaults out
+    return {k: v for k, v in vars(given).items() if k in options and v is not None}
 
 
 def run_to_resume(out: Path, options: dict) -> dict:
