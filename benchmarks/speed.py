@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the parts of a run cost, as ratios of things measured side by side: in turn, in one process.
 
-    python benchmarks/speed.py                 # all three tables, about 12 minutes on two CPU cores
+    python benchmarks/speed.py                 # all three tables, about ten minutes on two CPU cores
     python benchmarks/speed.py --only loader   # one of loader, step, epoch
 
 Every round measures every row once; a figure is the median over the rounds.
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -155,11 +156,11 @@ TABLES = {f.__name__: f for f in (loader, step, epoch)}
 @call_parse
 def main(
     data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
-    only: str = None,  # one of loader, step, epoch; all three if left out
+    only: Annotated[str, dict(choices=[*TABLES])] = None,  # one table; all three if left out
     images: int = 10_240,  # training images that loader and epoch pass over; the test takes a fifth as many
     bs: int = 512,  # batch size
     rounds: int = 5,  # rounds of measurement
-    out: str = None,  # JSON file for the figures; speed.json beside this script if left out
+    out: str = None,  # JSON file for the figures; if left out, speed.json beside this script, for all three tables
 ):
     "Measure the parts of a run side by side, print tables of ratios and write them as JSON."
     device, tables = default_device(), {}
@@ -173,4 +174,5 @@ def main(
             for row, o in table.items(): print(f'| {row} | {o["images_per_second"]:,.0f} | {o["ratio"]:.3g} |')
     note = dict(device=device_name(device), torch=torch.__version__, batch_size=bs, images=images, rounds=rounds)
     print(f'\n{note}')
-    Path(out or Path(__file__).with_suffix('.json')).write_text(json.dumps(note | tables, indent=2) + '\n')
+    if out or not only:
+        Path(out or Path(__file__).with_suffix('.json')).write_text(json.dumps(note | tables, indent=2) + '\n')

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 from fastcore.script import anno_parser
 
-from train_fastai import main
+import train_fastai
 
 README = (ROOT/'README.md').read_text()
 
@@ -30,6 +30,7 @@ def test_its_numbers_are_those_of_the_published_run():
                        ('test accuracy, epoch 24', f'{100 * m["test_accuracy"]:.2f} %'),
                        ('first epoch over 90 % test accuracy', m['first_epoch_over_90'])):
         assert f'| {row} | {value} |' in README
+    assert f'{100 * m["test_accuracy"]:.2f} % test accuracy' in train_fastai.__doc__
     for rate in ('lr_min', 'lr_max'): assert f'{m[rate]:.2e}'.replace('e-0', 'e-') in README
 
 
@@ -40,7 +41,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_it_lists_every_option():
-    options = {o for a in anno_parser(main)._actions for o in a.option_strings if o.startswith('--')}
+    options = {o for a in anno_parser(train_fastai.main)._actions for o in a.option_strings if o.startswith('--')}
     listed = re.findall(r'--[a-z][a-z-]+', README.split('## Options')[1].split('## ')[0])
     assert set(listed) == options - {'--help', '--pdb', '--xtra'}  # which every `call_parse` has
 
