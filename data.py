@@ -1,4 +1,5 @@
 """CIFAR-10 as fastai `DataLoaders`: where the images come from, their augmentation, and a loader of whole batches."""
+import contextlib
 import hashlib
 
 from fastai.vision.all import *
@@ -16,7 +17,9 @@ class DataError(ValueError):
 def get_data(path: str | Path | None = None) -> Path:
     """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `DataError`."""
     if path is not None: return Path(path)
-    try: return untar_data(URLs.CIFAR)
+    try:
+        with contextlib.nullcontext() if SHOW_PROGRESS else contextlib.redirect_stdout(None):
+            return untar_data(URLs.CIFAR)
     except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib many kinds of OSError
         raise DataError(f'CIFAR-10 could not be downloaded ({" ".join(str(e).split()) or type(e).__name__}); '
                         'check the network, or pass a folder that holds it: --data DIR') from e
