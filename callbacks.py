@@ -13,31 +13,37 @@ def is_training_run(learn: Learner) -> bool:
 
 
 class SeedEpochs(Callback):
-    """All randomness of an epoch, shuffling and augmentation, follows from `seed` and the epoch's number alone."""
+    """All randomness of an epoch, shuffling and augmentation, follows from `seed` and the epoch's number alone.
+
+    Epochs are numbered on through several fits of a learner.
+    """
     order = -20  # before anything draws
 
-    def __init__(self, seed: int): self.seed = seed
+    def __init__(self, seed: int): self.seed, self.earlier, self.done = seed, 0, 0
+
+    def before_fit(self): self.earlier = self.done
 
     def before_train(self):
-        set_seed(random.Random(f'{self.seed} {self.epoch}').getrandbits(32))
+        set_seed(random.Random(f'{self.seed} {self.earlier + self.epoch}').getrandbits(32))
         self.dls.train.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
+
+    def after_train(self):
+        if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
 
 
 class History(Callback):
     """Records the training run: `rows`, a dict an epoch, and `schedule`, the LR and momentum of every training batch.
 
-    It also mends the recorder's log, and with it the printed table: epochs count from 1 and `train_loss` is the mean
-    over the epoch's batches, not a smoothed value. `seconds_training` is training alone, a row's `seconds` an epoch
-    with its test.
+    It also mends the recorder's log, and with it the printed table: epochs count from 1 and the training loss is the
+    mean over the epoch's batches, not a smoothed value. `seconds_training` is training alone, a row's `seconds` an
+    epoch with its test.
     """
     order = Recorder.order + 1
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., AvgLoss()
 
-    def before_fit(self):
-        self.run = is_training_run(self.learn)
-        self.recorder.metric_names = L(*self.columns[:-1], 'time')
+    def before_fit(self): self.run = is_training_run(self.learn)
 
     def before_epoch(self): self.start = time.perf_counter()
 
@@ -64,16 +70,17 @@ class FinalPredictions(Callback):
 
     `log_probs` (N, classes), `targets` (N,) and `losses` (N,) are on the CPU, in the order of `dls.valid_ds.items`.
     """
-    def before_fit(self): self.run = is_training_run(self.learn)
-
-    def before_validate(self): self._preds, self._targets = [], []
+    def before_validate(self):
+        self._keep = is_training_run(self.learn) and self.dl is self.dls.valid
+        self._preds, self._targets = [], []
 
     def after_batch(self):
-        if self.training: return
+        if self.training or not getattr(self, '_keep', False): return
         self._preds.append(self.pred.detach().as_subclass(Tensor))
         self._targets.append(self.y.as_subclass(Tensor))
 
     def after_validate(self):
+        if not self._keep: return
         self.log_probs, self.targets = torch.cat(self._preds).float().cpu(), torch.cat(self._targets).cpu()
         self.losses = F.nll_loss(self.log_probs, self.targets, reduction='none')
 
@@ -115,7 +122,7 @@ class StopOnNaN(TerminateOnNaNCallback):
     """Ends the training run at a loss that is not finite; `where` then says at which batch, and else is None."""
     where = None
 
-    def before_fit(self): self.run = is_training_run(self.learn)  # the finder's loss may and should diverge
+    def before_fit(self): self.run, self.where = is_training_run(self.learn), None  # the finder's loss should diverge
 
     def after_batch(self):
         if not torch.isfinite(self.loss):
@@ -131,7 +138,7 @@ class PlainLog(Callback):
     def before_fit(self):
         if self.learn.logger == noop: return  # lr_find and get_preds are silent
         self.learn.logger = self.write
-        self.write(self.recorder.metric_names)
+        self.write(name.replace('valid', 'test') for name in self.recorder.metric_names)
 
     def write(self, row):
         print('  '.join((f'{o:.6f}' if isinstance(o, float) else str(o)).ljust(14) for o in row).rstrip(), flush=True)

@@ -136,6 +136,8 @@ def decode_image_file(file: Path) -> Tensor:
     except (RuntimeError, ValueError, OSError):  # torchvision is fast; Pillow knows more formats and explains itself
         try: image = image2tensor(PILImage.create(file))
         except Exception as e: raise DataError(f'{file} cannot be read as an image ({e})') from e
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        raise DataError(f'{file} is not a single image of 8 bits a channel; convert or remove it')
     if image.shape[1:] != (SIZE, SIZE):
         raise DataError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize or remove it')
     return image
@@ -175,11 +177,12 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers if stock_loader else 0, device=device)
     if len(dls.train) == 0:
         raise DataError(f'{path} has {len(dls.train_ds)} training images, fewer than one batch of {bs}; lower --bs')
-    if not stock_loader:
-        class_index = dls.vocab.o2i
-        for ds in (dls.train_ds, dls.valid_ds):
-            ds.images = decode_images(ds.items).to(dls.device)
-            ds.labels = tensor([class_index[f.parent.name] for f in ds.items]).to(dls.device)
+    class_index = dls.vocab.o2i
+    for ds in (dls.train_ds, dls.valid_ds):
+        images = decode_images(ds.items)  # with the stock loader just a check: better now than in mid-training
+        if stock_loader: continue
+        ds.images = images.to(dls.device)
+        ds.labels = tensor([class_index[f.parent.name] for f in ds.items]).to(dls.device)
     return dls
 
 
@@ -189,5 +192,6 @@ def fingerprint(dls: DataLoaders) -> str:
     for ds in (dls.train_ds, dls.valid_ds):
         digest.update('\n'.join(f.relative_to(dls.path).as_posix() for f in ds.items).encode())
         if hasattr(ds, 'images'): digest.update(ds.images.cpu().permute(0, 2, 3, 1).numpy())
-        else: [digest.update(f.read_bytes()) for f in ds.items]
+        else:
+            for f in ds.items: digest.update(f.read_bytes())
     return digest.hexdigest()

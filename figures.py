@@ -3,6 +3,7 @@ from fastai.vision.all import *
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+plt.rcParams['text.parse_math'] = False  # a class may be called $x$
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # the same colour for the same thing in all figures
 
 

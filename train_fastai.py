@@ -109,6 +109,7 @@ def find_lrs(learn: Learner) -> tuple[float, float]:
     Raises `RunError` where the finder's answer is of no use.
     """
     try: lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
+    except torch.OutOfMemoryError: raise
     except (IndexError, RuntimeError, ValueError) as e:
         raise RunError(f'the LR finder found nothing ({e}); set --lr-min and --lr-max') from e
     if not 0 < lr_min < lr_max < float('inf'):
@@ -128,11 +129,16 @@ def check_options(epochs, bs, seed, lr_min, lr_max, final_div, **_):
     if not 0 < final_div < float('inf'): raise OptionError(f'--final-div {final_div:g} is not a positive number')
 
 
+def other_than_default(options: dict) -> dict:
+    """Those of `options` that differ from their defaults."""
+    parser = anno_parser(main)
+    return {k: v for k, v in options.items() if v != parser.get_default(k)}
+
+
 def given_options(options: dict) -> dict:
     """Those of `options` that were given rather than left at their defaults."""
-    parser = anno_parser(main)
-    if not is_cli(): return {k: v for k, v in options.items() if v != parser.get_default(k)}
-    given = parser.parse_args(namespace=SimpleNamespace(**dict.fromkeys(options)))  # which keeps defaults out
+    if not is_cli(): return other_than_default(options)
+    given = anno_parser(main).parse_args(namespace=SimpleNamespace(**dict.fromkeys(options)))  # keeps defaults out
     return {k: v for k, v in vars(given).items() if k in options and v is not None}
 
 
@@ -143,7 +149,7 @@ def run_to_resume(out: Path, options: dict) -> dict:
     except CheckpointError as e: raise OptionError(f'--resume {out}: {e}') from e
     if 'epochs_done' not in state: raise OptionError(f'--resume {out}: {Checkpoint.file} is not of this program')
     for k, v in given_options(options).items():
-        if k != 'data' and v != state['options'].get(k):  # data may have moved; what it holds is compared
+        if k not in ('data', 'out') and v != state['options'].get(k):  # which may have moved; the data are compared
             raise OptionError(f'--{k.replace("_", "-")} {v} contradicts the run in {out}, '
                               f'which has {state["options"].get(k)}; leave it out')
     return state
@@ -163,6 +169,7 @@ def locked(out: Path):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out, os.O_RDONLY) if fcntl else None
         if fcntl: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.access(out, os.W_OK): raise OptionError(f'{out} is not writable')
     except BlockingIOError: raise OptionError(f'{out} is in use by another run') from None
     except OSError as e: raise OptionError(f'{out} cannot be used for a run ({e.strerror})') from e
     try: yield
@@ -189,8 +196,11 @@ def save_training_figures(learn: Learner):
     if h.rows: save_figure(figures.history(h.rows), learn.path/'history.png')
 
 
-def report(m: dict, command: str, wrong: int) -> str:
+def report(m: dict, wrong: int) -> str:
     """The run with metrics `m` on one page of Markdown, its figures included."""
+    command = ['python', 'train_fastai.py']
+    for k, v in other_than_default(m['options']).items():
+        command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
     last_lr = m['lr_min'] / m['options']['final_div']
     found = 'given on the command line' if m['options']['lr_min'] else 'found by `learn.lr_find()`'
     finder = '' if m['options']['lr_min'] else '![LR finder](lr_find.png)\n'
@@ -207,7 +217,7 @@ def report(m: dict, command: str, wrong: int) -> str:
 images; seed {m["seed"]}, {m["precision"]}, {m["device"]}. Training took {m["seconds_training"]:,.0f} s, everything
 together {m["seconds_total"]:,.0f} s. It was started with
 
-    {command}
+    {shlex.join(command)}
 
 with {", ".join(f"{k} {v}" for k, v in m["versions"].items())}.
 
@@ -260,7 +270,7 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         lrs, losses = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
         save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(lrs, losses, strict=True)])
         save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
-        (out/'models').rmdir()  # where fastai kept the weights meanwhile
+        with contextlib.suppress(OSError): (out/'models').rmdir()  # where fastai kept the weights meanwhile
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
     checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision,
@@ -268,11 +278,8 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
     div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
     try:
         learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START, cbs=checkpoint)
-    except (KeyboardInterrupt, CheckpointError) as e:
-        go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
-        if isinstance(e, CheckpointError): raise RunError(f'{e}; once it can be, {go_on}') from e
-        raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
-    finally: save_training_figures(learn)
+    finally:
+        with contextlib.suppress(OSError): save_training_figures(learn)  # what ended the training has precedence
     if at := learn.stop_on_na_n.where:
         raise RunError(f'the loss was not finite at {at}; lower --lr-max, which was {lr_max:.2e} '
                        f'(what was recorded is in {out})')
@@ -296,10 +303,22 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         options=vars(o))
     write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
-    write_whole(out/'report.md', report(metrics, shlex.join(['python', *sys.argv]), len(wrong)).encode())
+    write_whole(out/'report.md', report(metrics, len(wrong)).encode())
     save_state(out/'model.pth', learn.model.state_dict())
     print(f'training accuracy {metrics["train_accuracy"]:.2%}, test accuracy {metrics["test_accuracy"]:.2%}, '
           f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\nEverything is in {out}')
+
+
+@contextlib.contextmanager
+def told_how_to_go_on(out: Path):
+    """Adds to an interruption, or to a failure to write, how the run in `out` can go on."""
+    try: yield
+    except (KeyboardInterrupt, CheckpointError, OSError) as e:
+        go_on = 'no epoch was finished, start anew'
+        if (out/Checkpoint.file).exists():
+            go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
+        if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
+        raise RunError(f'{e}; once that is mended, {go_on}') from e
 
 
 @contextlib.contextmanager
@@ -307,9 +326,10 @@ def one_line_errors():
     """Ends the program with one line: exit code 2 for bad input, 1 for a run that failed, 130 or 143 for a signal."""
     try: yield
     except (DataError, OptionError) as e: message, code = f'error: {e}', 2
-    except (RunError, CheckpointError, OSError) as e: message, code = f'error: {e}', 1
+    except RunError as e: message, code = f'error: {e}', 1
+    except torch.OutOfMemoryError: message, code = 'error: the GPU is out of memory; lower --bs', 1
     except KeyboardInterrupt as e:
-        code, message = e.args if len(e.args) == 2 else (*(e.args or [130]), 'no epoch was finished, start anew')
+        code, message = e.args if len(e.args) == 2 else (130, 'nothing was begun')
         message = f'interrupted; {message}'
     else: return
     print(f'train_fastai.py: {message}', file=sys.stderr)
@@ -338,10 +358,11 @@ def main(
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
     start = time.perf_counter()
+    data, out = data and str(data), out and str(out)
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
                    final_div=final_div, precision=precision, stock_loader=stock_loader)
     if is_cli(): signal.signal(signal.SIGTERM, terminate)
-    if resume:
+    if resume is not None:
         out = Path(resume)
         state = run_to_resume(out, options)
         options, precision = state['options'] | (dict(data=data) if data else {}), state['precision']
@@ -351,11 +372,12 @@ def main(
         check_out(out)
     o = SimpleNamespace(**options)
 
-    print('Reading the images …', flush=True)
-    dls = get_dls(get_data(o.data), bs=o.bs, stock_loader=o.stock_loader)
-    if state and state['data'] != fingerprint(dls):
-        raise DataError(f'{dls.path} holds other images than the run in {out} was trained on')
-    learn = get_learner(dls, precision, o.seed, path=out)
-    with locked(out):
-        if not resume: check_out(out)  # another run may have come first
-        experiment(learn, o, state, start)
+    with told_how_to_go_on(out):
+        print('Reading the images …', flush=True)
+        dls = get_dls(get_data(o.data), bs=o.bs, stock_loader=o.stock_loader)
+        if state and state['data'] != fingerprint(dls):
+            raise DataError(f'{dls.path} holds other images than the run in {out} was trained on')
+        learn = get_learner(dls, precision, o.seed, path=out)
+        with locked(out):
+            if not state: check_out(out)  # another run may have come first
+            experiment(learn, o, state, start)

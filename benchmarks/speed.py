@@ -160,7 +160,7 @@ def main(
     images: int = 10_240,  # training images that loader and epoch pass over; the test takes a fifth as many
     bs: int = 512,  # batch size
     rounds: int = 5,  # rounds of measurement
-    out: str = None,  # JSON file for the figures; if left out, speed.json beside this script, for all three tables
+    out: str = 'runs/speed.json',  # JSON file for the figures
 ):
     "Measure the parts of a run side by side, print tables of ratios and write them as JSON."
     device, tables = default_device(), {}
@@ -174,5 +174,5 @@ def main(
             for row, o in table.items(): print(f'| {row} | {o["images_per_second"]:,.0f} | {o["ratio"]:.3g} |')
     note = dict(device=device_name(device), torch=torch.__version__, batch_size=bs, images=images, rounds=rounds)
     print(f'\n{note}')
-    if out or not only:
-        Path(out or Path(__file__).with_suffix('.json')).write_text(json.dumps(note | tables, indent=2) + '\n')
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(note | tables, indent=2) + '\n')
