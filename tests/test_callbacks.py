@@ -7,7 +7,17 @@ from functools import partial
 import pytest
 import torch
 from conftest import make_folder, one_cycle
-from fastai.vision.all import Adam, Callback, F, Learner, ProgressCallback, Tensor, set_seed
+from fastai.vision.all import (
+    Adam,
+    Callback,
+    EarlyStoppingCallback,
+    F,
+    Learner,
+    ProgressCallback,
+    SaveModelCallback,
+    Tensor,
+    set_seed,
+)
 
 from arch import ResNet
 from callbacks import (
@@ -127,10 +137,35 @@ def test_misclassified_against_a_count_by_hand(tmp_path):
     assert learn.history.rows[-1]['test_accuracy'] == pytest.approx(1 - len(found) / 12)
 
 
+def test_fastais_own_callbacks_and_views_find_what_they_look_for(dls, tmp_path):
+    learn = get_learner(dls, 'fp32', path=tmp_path)
+    learn.fit(1, cbs=[SaveModelCallback(), EarlyStoppingCallback(monitor='valid_accuracy')])
+    assert (tmp_path/'models/model.pth').exists()
+    learn.recorder.plot_loss()
+    assert '6,569,539' in learn.summary()
+
+
+def test_a_second_fit_goes_on_with_new_randomness(dls, tmp_path):
+    learn = get_learner(dls, 'fp32', path=tmp_path)
+    class Spy(Callback):
+        labels = []
+        def before_batch(self):
+            if self.training: self.labels.append(self.y.tolist())
+    for _ in range(2): learn.fit(1, 0., cbs=(spy := Spy()))
+    learn.lr_find(num_it=6, show_plot=False)
+    learn.fit(1, 0., cbs=Spy())
+    whole = get_learner(dls, 'fp32', path=tmp_path)
+    first, Spy.labels = [*spy.labels], []
+    whole.fit(3, 0., cbs=Spy())
+    assert first == Spy.labels
+    assert first[:3] != first[3:6] != first[6:]
+
+
 def test_predictions_of_other_images_do_not_replace_the_final_ones(trained):
     before = trained.final_predictions.losses.clone()
     trained.get_preds(dl=trained.dls.test_dl(trained.dls.valid_ds.items[:2], with_labels=True))
     trained.predict(trained.dls.valid_ds.items[0])
+    trained.validate(ds_idx=0)
     assert (trained.final_predictions.losses == before).all()
 
 

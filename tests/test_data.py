@@ -222,6 +222,7 @@ def other_size(path): save(path/'train/red/0.png', np.zeros((32, 33, 3), 'uint8'
 def zero_bytes(path): (path/'test/red/0.png').write_bytes(b'')
 def text_as_image(path): (path/'train/red/0.png').write_text('hello')
 def half_an_image(path): (path/'train/red/1.png').write_bytes((path/'train/red/1.png').read_bytes()[:300])
+def sixteen_bits(path): save(path/'train/red/0.png', np.arange(1024, dtype='uint16').reshape(32, 32))
 def no_test_folder(path): (path/'test').rename(path/'valid')
 def extra_class(path): (path/'train/pink').mkdir()
 def lacking_class(path): (path/'train/red').rename(path/'red')
@@ -263,7 +264,7 @@ BAD_FOLDERS = [
     (image_beside_classes, 'train/0.png is not where'), (image_too_deep, 'train/red/more/0.png lies too deep'),
     (other_size, 'train/red/0.png is 33×32 pixels'),
     (zero_bytes, 'test/red/0.png cannot be read'), (text_as_image, 'train/red/0.png cannot be read'),
-    (half_an_image, 'train/red/1.png cannot be read'),
+    (half_an_image, 'train/red/1.png cannot be read'), (sixteen_bits, 'train/red/0.png is not a single image'),
 ]
 
 
@@ -271,9 +272,10 @@ BAD_FOLDERS = [
 def test_a_bad_folder_is_named_in_one_line(tmp_path, spoil, message):
     path = make_folder(tmp_path/'d')
     spoil(path)
-    with pytest.raises(DataError) as e: get_dls(path, bs=8)
-    assert message in str(e.value)
-    assert '\n' not in str(e.value)
+    for stock in (False, True):
+        with pytest.raises(DataError) as e: get_dls(path, bs=8, stock_loader=stock)
+        assert message in str(e.value)
+        assert '\n' not in str(e.value)
 
 
 def test_fewer_training_images_than_a_batch(folder):

@@ -321,11 +321,12 @@ def test_resume_on_the_command_line_knows_given_options_from_defaults(folder, tm
     assert f'--epochs 24 contradicts the run in {out}, which has 6' in done.stderr
 
 
-def test_a_run_that_only_lacks_its_results_is_finished(folder, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('error', 'code'), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, 'disk full'), 1)])
+def test_a_run_that_only_lacks_its_results_is_finished(folder, whole, tmp_path, capsys, monkeypatch, error, code):
     out = tmp_path/'out'
-    def die(*_): raise SystemExit
+    def die(*_): raise error
     monkeypatch.setattr(train_fastai.figures, 'misclassified', die)
-    with pytest.raises(SystemExit): start(folder, out)
+    assert f'from the last whole epoch with --resume {out}' in ends(capsys, code, start, folder=folder, out=out)
     monkeypatch.undo()
     main(resume=str(out))
     assert differences(whole, out) == []
@@ -411,6 +412,17 @@ def test_no_network_is_one_line(breaking_server, tmp_path, capsys):
     breaking_server.shutdown()
     breaking_server.server_close()
     assert 'check the network, or pass a folder' in ends(capsys, 2, main, out=str(tmp_path/'out'))
+
+
+def test_paths_from_python_a_dollar_sign_and_a_models_folder(tmp_path):
+    path = make_folder(tmp_path/'d')
+    for split in ('train', 'test'): (path/split/'red').rename(path/split/'$\\a_{$')
+    out = tmp_path/'out'
+    (out/'models/rest').mkdir(parents=True)
+    main(data=path, out=out, bs=8, epochs=1)
+    assert (out/'model.pth').exists()
+    assert (out/'models/rest').exists()
+    assert f'python train_fastai.py --data {path} --out {out} --epochs 1 --bs 8\n' in (out/'report.md').read_text()
 
 
 def test_the_stock_loader_trains_too(folder, tmp_path):
