@@ -170,8 +170,8 @@ def main(
         path = subset(path, Path(folder)/'images', images // classes, images // 5 // classes)
         for name in [only] if only else TABLES:
             table = tables[name] = TABLES[name](path, bs, rounds, device)
-            print(f'\n{TABLES[name].__doc__}\n\n| {name} | images/s | ratio |\n|---|--:|--:|', flush=True)
-            for row, o in table.items(): print(f'| {row} | {o["images_per_second"]:,.0f} | {o["ratio"]:.3g} |')
+            print(f'\n{TABLES[name].__doc__}\n\n| {name} | ratio |\n|---|--:|', flush=True)
+            for row, o in table.items(): print(f'| {row} | {o["ratio"]:.3g} |')
     note = dict(device=device_name(device), torch=torch.__version__, batch_size=bs, images=images, rounds=rounds)
     print(f'\n{note}')
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -19,4 +19,4 @@ def test_the_benchmark_measures_all_three_tables(folder, tmp_path):
         assert rows <= set(tables[name])
         for row, o in tables[name].items():
             assert o['images_per_second'] > 0
-            assert f'| {row} | {o["images_per_second"]:,.0f} | {o["ratio"]:.3g} |' in done.stdout
+            assert f'| {row} | {o["ratio"]:.3g} |' in done.stdout
