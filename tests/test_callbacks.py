@@ -196,12 +196,14 @@ def test_fused_adamw_steps_like_fastais_adam(dls):
 def test_on_a_cpu_the_process_keeps_what_tensors_free(folder):
     import resource  # which Windows lacks
     get_learner(get_dls(folder, bs=8, device=torch.device('cpu')), 'fp32')
-    faults = []
-    for _ in range(5):  # once more each time something small has settled in the place
+
+    def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24)  # 16,384 pages
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert min(faults[1:]) < 1000
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    # Small things settle beside the first few places and make them too small; memory that was returned is never reused.
+    assert any(faults() < 1000 for _ in range(25))
 
 
 def test_weight_decay_spares_batch_norm_and_biases():
