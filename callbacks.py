@@ -70,12 +70,14 @@ class FinalPredictions(Callback):
 
     `log_probs` (N, classes), `targets` (N,) and `losses` (N,) are on the CPU, in the order of `dls.valid_ds.items`.
     """
+    _keep = False  # `learn.summary()` fires `after_batch` alone
+
     def before_validate(self):
         self._keep = is_training_run(self.learn) and self.dl is self.dls.valid
         self._preds, self._targets = [], []
 
     def after_batch(self):
-        if self.training or not getattr(self, '_keep', False): return
+        if self.training or not self._keep: return
         self._preds.append(self.pred.detach().as_subclass(Tensor))
         self._targets.append(self.y.as_subclass(Tensor))
 

@@ -69,7 +69,7 @@ def weight_decay_groups(model: nn.Module, wd: float = 0.01) -> list[dict]:
 
 
 def keep_freed_memory():
-    """Lets the process keep what tensors free: giving it back and forth costs a CPU a quarter of the step."""
+    """Lets the process keep what tensors free: giving it back and forth costs a CPU a fifth of the step."""
     if sys.platform != 'linux': return
     with contextlib.suppress(AttributeError):  # glibc only
         mallopt = ctypes.CDLL(None).mallopt
