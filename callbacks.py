@@ -6,6 +6,8 @@ import zipfile
 
 from fastai.vision.all import *
 
+from data import InputError
+
 
 def is_training_run(learn: Learner) -> bool:
     """Is this `fit` training proper? `lr_find` and `get_preds` fire `before_fit` too."""
@@ -146,18 +148,10 @@ class PlainLog(Callback):
         print('  '.join((f'{o:.6f}' if isinstance(o, float) else str(o)).ljust(14) for o in row).rstrip(), flush=True)
 
 
-class CheckpointError(RuntimeError):
-    """A file of a run cannot be written, read or trusted; the message is one line that names it."""
-
-    def __init__(self, message: str): self.message = message
-
-    def __str__(self) -> str: return self.message  # fastai puts words of its own into `args`
-
-
 def write_whole(file: Path, content: bytes):
     """Puts `content` in place of `file` at once: whatever happens meanwhile, the old or the new one is there, whole.
 
-    Raises `CheckpointError`.
+    Raises `OSError` with the name of the file.
     """
     part = file.with_name(file.name + '.part')
     try:
@@ -169,10 +163,11 @@ def write_whole(file: Path, content: bytes):
     except BaseException as e:
         with contextlib.suppress(OSError): part.unlink(missing_ok=True)
         if not isinstance(e, OSError): raise
-        raise CheckpointError(f'{file} could not be written ({e.strerror})') from e
+        raise OSError(e.errno, e.strerror, str(file)) from e  # a full disk does not say where
 
 
 def save_csv(file: Path, rows: list[dict], columns: list[str] | None = None):
+    """The `rows` as CSV, by way of `write_whole`."""
     write_whole(file, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
 
 
@@ -186,18 +181,18 @@ def save_state(file: Path, state: dict):
 def load_state(file: Path) -> dict:
     """What `torch.save` put into `file`: tensors and plain values only, no code of the file is run.
 
-    Raises `CheckpointError` for a file that is missing, damaged or holds anything else.
+    Raises `InputError` for a file that is missing, damaged or holds anything else.
     """
     try:
         with zipfile.ZipFile(file) as z:  # torch writes checksums but does not verify them
-            if broken := z.testzip(): raise CheckpointError(f'{file} is damaged (at {broken})')
+            if broken := z.testzip(): raise InputError(f'{file} is damaged (at {broken})')
         return torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError as e: raise CheckpointError(f'{file} does not exist') from e
-    except OSError as e: raise CheckpointError(f'{file} cannot be read ({e.strerror})') from e
+    except FileNotFoundError as e: raise InputError(f'{file} does not exist') from e
+    except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
     except pickle.UnpicklingError as e:
-        raise CheckpointError(f'{file} holds more than weights and plain values; it was not opened') from e
-    except CheckpointError: raise
-    except Exception as e: raise CheckpointError(f'{file} is damaged ({" ".join(str(e).split())[:100]})') from e
+        raise InputError(f'{file} holds more than weights and plain values; it was not opened') from e
+    except InputError: raise
+    except Exception as e: raise InputError(f'{file} is damaged ({" ".join(str(e).split())[:100]})') from e
 
 
 class ResumableLearner(Learner):

@@ -6,47 +6,64 @@ from fastai.vision.all import *
 from torchvision.io import ImageReadMode, decode_image
 
 SIZE = 32
+CIFAR_IMAGES = 60_000
 SHOW_PROGRESS = sys.stdout.isatty() or IN_NOTEBOOK  # a bar in a log file is noise
 MEAN_COLOUR = [round(255 * m) for m in cifar_stats[0]]  # zero once normalised, up to the rounding of a byte
 
 
-class DataError(ValueError):
-    """The data cannot be used; the message is one line that names the culprit and the way out."""
+class InputError(ValueError):
+    """What was given cannot be used; the message is one line that names the culprit and the way out."""
 
 
 def get_data(path: str | Path | None = None) -> Path:
-    """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `DataError`."""
+    """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `InputError`."""
     if path is not None: return Path(path)
     try:
         with contextlib.nullcontext() if SHOW_PROGRESS else contextlib.redirect_stdout(None):
-            return untar_data(URLs.CIFAR)
+            path = untar_data(URLs.CIFAR)
     except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib many kinds of OSError
-        raise DataError(f'CIFAR-10 could not be downloaded ({" ".join(str(e).split()) or type(e).__name__}); '
-                        'check the network, or pass a folder that holds it: --data DIR') from e
+        URLs.path(URLs.CIFAR).unlink(missing_ok=True)  # which untar_data would take for good the next time
+        raise InputError(f'CIFAR-10 could not be downloaded ({" ".join(str(e).split()) or type(e).__name__}); '
+                         'check the network, or pass a folder that holds it: --data DIR') from e
+    if (n := len(get_image_files(path))) != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking cut short
+        raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it, and '
+                         f'{URLs.path(URLs.CIFAR)} if there is one, and CIFAR-10 is downloaded anew')
+    return path
+
+
+def check_access(folder: Path):
+    """Raises `InputError` if the files of `folder` cannot be read."""
+    try: os.scandir(os.path.join(folder, '.')).close()  # '.' is found only by those who may enter
+    except OSError as e: raise InputError(f'{folder} cannot be read ({e.strerror})') from e
 
 
 def image_files(path: str | Path) -> L:
-    """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted. Raises `DataError` for any other layout."""
+    """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted. Raises `InputError` for any other layout."""
     path = Path(path)
-    if not path.exists(): raise DataError(f'data folder {path} does not exist')
-    if not path.is_dir(): raise DataError(f'{path} is a file, not a data folder')
+    if not os.path.exists(path): raise InputError(f'data folder {path} does not exist')
+    if not path.is_dir(): raise InputError(f'{path} is a file, not a data folder')
+    check_access(path)
     classes = {}
     for split in ('train', 'test'):
-        if not (path/split).is_dir(): raise DataError(f'data folder {path} has no folder "{split}"')
+        if not (path/split).is_dir(): raise InputError(f'data folder {path} has no folder "{split}"')
+        check_access(path/split)
         classes[split] = {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
     if odd := sorted(classes['train'] ^ classes['test']):
         has, lacks = ('train', 'test') if odd[0] in classes['train'] else ('test', 'train')
-        raise DataError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}')
+        raise InputError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}')
     files = get_image_files(path, folders=['train', 'test']).sorted()  # a directory's order differs between machines
     counts = Counter(f.parent for f in files)
-    if not files: raise DataError(f'data folder {path} holds no images; expected {path/"train"/"<class>"/"*.png"}')
-    if len(classes['train']) < 2: raise DataError(f'{path/"train"} has fewer than two class folders')
+    if not files: raise InputError(f'data folder {path} holds no images; expected {path/"train"/"<class>"/"*.png"}')
+    if len(classes['train']) < 2: raise InputError(f'{path/"train"} has fewer than two class folders')
     if stray := first(f for f in files if f.parent.parent.parent != path):
-        raise DataError(f'{stray} is not where an image belongs: {stray.parents[1]/"<class>"/"<image>"}' if
+        raise InputError(f'{stray} is not where an image belongs: {stray.parents[1]/"<class>"/"<image>"}' if
                         stray.parent.parent == path else f'{stray} lies too deep: images belong into <split>/<class>')
     for split in ('train', 'test'):
         for c in sorted(classes[split]):
-            if not counts[path/split/c]: raise DataError(f'class folder {path/split/c} holds no images')
+            check_access(path/split/c)
+            if not counts[path/split/c]: raise InputError(f'class folder {path/split/c} holds no images')
+    for f in files:
+        if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} is a name that cannot be printed; change it')
     return files
 
 
@@ -131,32 +148,32 @@ class BatchDL(TfmdDL):
 
 
 def decode_image_file(file: Path) -> Tensor:
-    """The image in `file` as RGB: (3, 32, 32) uint8. Raises `DataError`."""
+    """The image in `file` as RGB: (3, 32, 32) uint8. Raises `InputError`."""
     try: image = decode_image(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
     except (RuntimeError, ValueError, OSError):  # torchvision is fast; Pillow knows more formats and explains itself
         try: image = image2tensor(PILImage.create(file))
-        except Exception as e: raise DataError(f'{file} cannot be read as an image ({e})') from e
+        except Exception as e: raise InputError(f'{file} cannot be read as an image ({e})') from e
     if image.dtype != torch.uint8 or image.ndim != 3:
-        raise DataError(f'{file} is not a single image of 8 bits a channel; convert or remove it')
+        raise InputError(f'{file} is not a single image of 8 bits a channel; convert or remove it')
     if image.shape[1:] != (SIZE, SIZE):
-        raise DataError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize or remove it')
+        raise InputError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize or remove it')
     return image
 
 
-def _decode_chunk(files: list[Path]) -> Tensor | DataError:
+def _decode_chunk(files: list[Path]) -> Tensor | InputError:
     # An exception would come back from a worker process wrapped in its traceback: returned, it stays one line.
     try: return torch.stack([decode_image_file(f).permute(1, 2, 0) for f in files])
-    except DataError as e: return e
+    except InputError as e: return e
 
 
 def decode_images(files: list[Path]) -> Tensor:
-    """The images in `files`, decoded on all cores: (N, 3, 32, 32) uint8 in channels-last memory. Raises `DataError`."""
+    """The `files` decoded on all cores: (N, 3, 32, 32) uint8 in channels-last memory. Raises `InputError`."""
     # Processes, since threads would queue for Python's lock. Where processes cannot fork, starting them costs more.
     workers = min(defaults.cpus, len(files) // 1000) if sys.platform == 'linux' else 0
     loader = torch.utils.data.DataLoader(files, batch_size=500, collate_fn=_decode_chunk, num_workers=workers)
     chunks = []
     for chunk in progress_bar(loader, leave=False) if SHOW_PROGRESS else loader:
-        if isinstance(chunk, DataError): raise chunk
+        if isinstance(chunk, InputError): raise chunk
         chunks.append(chunk)
     return torch.cat(chunks).permute(0, 3, 1, 2)
 
@@ -168,7 +185,7 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
     Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
     (bs,). Training batches are shuffled and augmented, the last partial one is dropped; test images are only
     normalised. By default all images are decoded once, into the memory of `device`; with `stock_loader` fastai's own
-    loader decodes and augments item by item in `num_workers` processes. Raises `DataError`.
+    loader decodes and augments item by item in `num_workers` processes. Raises `InputError`.
     """
     block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=image_files, get_y=parent_label,
                       splitter=GrandparentSplitter(train_name='train', valid_name='test'),
@@ -176,7 +193,7 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
                       dl_type=TfmdDL if stock_loader else BatchDL)
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers if stock_loader else 0, device=device)
     if len(dls.train) == 0:
-        raise DataError(f'{path} has {len(dls.train_ds)} training images, fewer than one batch of {bs}; lower --bs')
+        raise InputError(f'{path} has {len(dls.train_ds)} training images, fewer than one batch of {bs}; lower --bs')
     class_index = dls.vocab.o2i
     for ds in (dls.train_ds, dls.valid_ds):
         images = decode_images(ds.items)  # with the stock loader just a check: better now than in mid-training

@@ -17,6 +17,7 @@ import platform
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,6 @@ import figures
 from arch import ResNet
 from callbacks import (
     Checkpoint,
-    CheckpointError,
     FinalPredictions,
     History,
     PlainLog,
@@ -44,17 +44,13 @@ from callbacks import (
     save_state,
     write_whole,
 )
-from data import SHOW_PROGRESS, DataError, fingerprint, get_data, get_dls
+from data import SHOW_PROGRESS, InputError, fingerprint, get_data, get_dls
 
 try: import fcntl  # isort: skip
 except ImportError: fcntl = None  # Windows has no such locks
 
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
-
-
-class OptionError(ValueError):
-    """An option, or a combination, that cannot work; the message is one line."""
 
 
 class RunError(RuntimeError):
@@ -82,12 +78,12 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
 
     The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to
     rounding) in a fraction of the time. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial
-    weights and all randomness of every epoch; on a CPU the same seed gives the same run. Raises `OptionError`.
+    weights and all randomness of every epoch; on a CPU the same seed gives the same run. Raises `InputError`.
     """
     if precision not in (modes := ('auto', 'fp32', 'bf16', 'fp16')):
-        raise OptionError(f'--precision {precision} is not one of {", ".join(modes)}')
+        raise InputError(f'--precision {precision} is not one of {", ".join(modes)}')
     if precision == 'fp16' and dls.device.type != 'cuda':
-        raise OptionError(f'--precision fp16 needs a CUDA GPU, not "{dls.device.type}"; use bf16 or fp32')
+        raise InputError(f'--precision fp16 needs a CUDA GPU, not "{dls.device.type}"; use bf16 or fp32')
     if precision == 'auto': precision = best_precision(dls.device)
     set_seed(seed)
     torch.backends.cudnn.benchmark = True
@@ -108,7 +104,9 @@ def find_lrs(learn: Learner) -> tuple[float, float]:
 
     Raises `RunError` where the finder's answer is of no use.
     """
-    try: lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
+    try:
+        with tempfile.TemporaryDirectory() as tmp, contextlib.contextmanager(replacing_yield)(learn, 'model_dir', tmp):
+            lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
     except torch.OutOfMemoryError: raise
     except (IndexError, RuntimeError, ValueError) as e:
         raise RunError(f'the LR finder found nothing ({e}); set --lr-min and --lr-max') from e
@@ -119,14 +117,14 @@ def find_lrs(learn: Learner) -> tuple[float, float]:
 
 
 def check_options(epochs, bs, seed, lr_min, lr_max, final_div, **_):
-    """Raises `OptionError` for the first option out of its range."""
-    if epochs < 1: raise OptionError(f'--epochs {epochs} is less than 1')
-    if bs < 2: raise OptionError(f'--bs {bs} is less than 2, which batch norm needs')
-    if not 0 <= seed < 2**32: raise OptionError(f'--seed {seed} is not in 0 … 2³²-1')
-    if (lr_min is None) != (lr_max is None): raise OptionError('--lr-min and --lr-max go together: give both or none')
+    """Raises `InputError` for the first option out of its range."""
+    if epochs < 1: raise InputError(f'--epochs {epochs} is less than 1')
+    if bs < 2: raise InputError(f'--bs {bs} is less than 2, which batch norm needs')
+    if not 0 <= seed < 2**32: raise InputError(f'--seed {seed} is not in 0 … 2³²-1')
+    if (lr_min is None) != (lr_max is None): raise InputError('--lr-min and --lr-max go together: give both or none')
     if lr_min is not None and not 0 < lr_min < lr_max < float('inf'):
-        raise OptionError(f'--lr-min {lr_min:g} --lr-max {lr_max:g}: must be 0 < LRMIN < LRMAX')
-    if not 0 < final_div < float('inf'): raise OptionError(f'--final-div {final_div:g} is not a positive number')
+        raise InputError(f'--lr-min {lr_min:g} --lr-max {lr_max:g}: must be 0 < LRMIN < LRMAX')
+    if not 0 < final_div < float('inf'): raise InputError(f'--final-div {final_div:g} is not a positive number')
 
 
 def other_than_default(options: dict) -> dict:
@@ -143,35 +141,35 @@ def given_options(options: dict) -> dict:
 
 
 def run_to_resume(out: Path, options: dict) -> dict:
-    """The checkpoint of the run in `out`. Raises `OptionError` where `options` given contradict the run's own."""
-    if (out/'model.pth').exists(): raise OptionError(f'--resume {out}: this run is finished, nothing is left to do')
+    """The checkpoint of the run in `out`. Raises `InputError` where `options` given contradict the run's own."""
+    if (out/'model.pth').exists(): raise InputError(f'--resume {out}: this run is finished, nothing is left to do')
     try: state = load_state(out/Checkpoint.file)
-    except CheckpointError as e: raise OptionError(f'--resume {out}: {e}') from e
-    if 'epochs_done' not in state: raise OptionError(f'--resume {out}: {Checkpoint.file} is not of this program')
+    except InputError as e: raise InputError(f'--resume {out}: {e}') from e
+    if 'epochs_done' not in state: raise InputError(f'--resume {out}: {Checkpoint.file} is not of this program')
     for k, v in given_options(options).items():
         if k not in ('data', 'out') and v != state['options'].get(k):  # which may have moved; the data are compared
-            raise OptionError(f'--{k.replace("_", "-")} {v} contradicts the run in {out}, '
+            raise InputError(f'--{k.replace("_", "-")} {v} contradicts the run in {out}, '
                               f'which has {state["options"].get(k)}; leave it out')
     return state
 
 
 def check_out(out: Path):
-    """Raises `OptionError` if `out` is no place for a new run."""
-    if out.exists() and not out.is_dir(): raise OptionError(f'--out {out} is a file, not a folder')
+    """Raises `InputError` if `out` is no place for a new run."""
+    if out.exists() and not out.is_dir(): raise InputError(f'--out {out} is a file, not a folder')
     if any((out/name).exists() for name in (Checkpoint.file, 'metrics.json', 'model.pth')):
-        raise OptionError(f'--out {out} already holds a run; choose another folder, or go on with --resume {out}')
+        raise InputError(f'--out {out} already holds a run; choose another folder, or go on with --resume {out}')
 
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Makes the folder `out` and locks it: of two runs started at once, one is refused. Raises `OptionError`."""
+    """Makes the folder `out` and locks it: of two runs started at once, one is refused. Raises `InputError`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out, os.O_RDONLY) if fcntl else None
         if fcntl: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.access(out, os.W_OK): raise OptionError(f'{out} is not writable')
-    except BlockingIOError: raise OptionError(f'{out} is in use by another run') from None
-    except OSError as e: raise OptionError(f'{out} cannot be used for a run ({e.strerror})') from e
+        tempfile.TemporaryFile(dir=out).close()  # can it be written to?
+    except BlockingIOError: raise InputError(f'{out} is in use by another run') from None
+    except OSError as e: raise InputError(f'{out} cannot be used for a run ({e.strerror})') from e
     try: yield
     finally:
         if fcntl: os.close(lock)
@@ -270,7 +268,6 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         lrs, losses = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
         save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(lrs, losses, strict=True)])
         save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
-        with contextlib.suppress(OSError): (out/'models').rmdir()  # where fastai kept the weights meanwhile
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
     checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision,
@@ -313,19 +310,20 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
 def told_how_to_go_on(out: Path):
     """Adds to an interruption, or to a failure to write, how the run in `out` can go on."""
     try: yield
-    except (KeyboardInterrupt, CheckpointError, OSError) as e:
+    except (KeyboardInterrupt, OSError) as e:
         go_on = 'no epoch was finished, start anew'
         if (out/Checkpoint.file).exists():
             go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
         if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
-        raise RunError(f'{e}; once that is mended, {go_on}') from e
+        culprit = f'{e.filename}: {e.strerror}' if e.filename else ' '.join(str(e).split())
+        raise RunError(f'{culprit}; once that is mended, {go_on}') from e
 
 
 @contextlib.contextmanager
 def one_line_errors():
     """Ends the program with one line: exit code 2 for bad input, 1 for a run that failed, 130 or 143 for a signal."""
     try: yield
-    except (DataError, OptionError) as e: message, code = f'error: {e}', 2
+    except InputError as e: message, code = f'error: {e}', 2
     except RunError as e: message, code = f'error: {e}', 1
     except torch.OutOfMemoryError: message, code = 'error: the GPU is out of memory; lower --bs', 1
     except KeyboardInterrupt as e:
@@ -376,7 +374,8 @@ def main(
         print('Reading the images …', flush=True)
         dls = get_dls(get_data(o.data), bs=o.bs, stock_loader=o.stock_loader)
         if state and state['data'] != fingerprint(dls):
-            raise DataError(f'{dls.path} holds other images than the run in {out} was trained on')
+            raise InputError(f'{dls.path} holds other images than the run in {out} was trained on')
+        if o.data: o.data = str(Path(o.data).absolute())  # a run is gone on with from anywhere
         learn = get_learner(dls, precision, o.seed, path=out)
         with locked(out):
             if not state: check_out(out)  # another run may have come first

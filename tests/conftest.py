@@ -1,5 +1,7 @@
+import ctypes
 import math
 import os
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -41,9 +43,36 @@ def folder(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp('data')/'small')
 
 
+@pytest.fixture
+def permissions_bind():
+    """In this test permissions bind the superuser, too."""
+    if sys.platform != 'linux' or os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # Linux's capabilities, version 3
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = effective
+    assert libc.capset(header, sets) == 0
+
+
 @pytest.fixture(scope='session')
 def cifar10() -> Path:
     """The genuine CIFAR-10, where fastai keeps a downloaded copy."""
     path = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data/cifar10'
     if not (path/'test').is_dir(): pytest.skip('CIFAR-10 is not on this machine')
     return path
+
+
+def ends(capsys, code, call, **options) -> str:
+    """The one line on stderr with which `call` ends the program, after its name."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: call(**options)
+    err = capsys.readouterr().err
+    assert e.value.code == code, err
+    assert err.count('\n') == 1
+    return err.removeprefix('train_fastai.py: ')

@@ -21,7 +21,6 @@ from fastai.vision.all import (
 
 from arch import ResNet
 from callbacks import (
-    CheckpointError,
     SeedEpochs,
     best_precision,
     is_training_run,
@@ -30,7 +29,7 @@ from callbacks import (
     save_state,
     write_whole,
 )
-from data import get_dls
+from data import InputError, get_dls
 from train_fastai import PCT_START, get_learner, weight_decay_groups
 
 LR_MIN, LR_MAX = 1e-4, 1e-3
@@ -294,7 +293,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_rest(tmp_path, monkeypa
     save_state(file, dict(a=torch.ones(3)))
     def full(_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(CheckpointError, match='x.pth could not be written .No space left'): save_state(file, dict(a=1))
+    with pytest.raises(OSError, match='No space left on device: .*x.pth'): save_state(file, dict(a=1))
     assert (load_state(file)['a'] == 1).all()
     assert list(tmp_path.iterdir()) == [file]
 
@@ -306,12 +305,12 @@ def test_damage_anywhere_in_a_checkpoint_is_noticed(tmp_path):
     bad = tmp_path/'bad.pth'
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         bad.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match='bad.pth is damaged'): load_state(bad)
+        with pytest.raises(InputError, match='bad.pth is damaged'): load_state(bad)
     noticed = 0
     for at in range(0, len(whole), 251):
         bad.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1:])
         try: state = load_state(bad)
-        except CheckpointError: noticed += 1
+        except InputError: noticed += 1
         else:  # in padding or a time stamp
             assert (state['a'] == good['a']).all()
             assert state['b'] == good['b']
@@ -328,13 +327,13 @@ def test_a_malicious_file_is_refused_and_its_code_not_run(tmp_path, monkeypatch,
     file = tmp_path/'model.pth'
     if zipped: torch.save(dict(a=Malicious()), file)
     else: file.write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(CheckpointError, match='model.pth'): load_state(file)
+    with pytest.raises(InputError, match='model.pth'): load_state(file)
     assert not (tmp_path/'was here').exists()
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match='none.pth does not exist'): load_state(tmp_path/'none.pth')
-    with pytest.raises(CheckpointError, match='could not be written'): write_whole(tmp_path/'no'/'x', b'')
+    with pytest.raises(InputError, match='none.pth does not exist'): load_state(tmp_path/'none.pth')
+    with pytest.raises(FileNotFoundError, match='no/x'): write_whole(tmp_path/'no'/'x', b'')
 
 
 def test_csv_without_rows_has_its_header(tmp_path):

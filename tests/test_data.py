@@ -1,14 +1,27 @@
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder
+from conftest import ends, make_folder
 from fastai.vision.all import PILImage, Pipeline, TensorImage, cifar_stats
 from PIL import Image
 
-from data import MEAN_COLOUR, BatchDL, Cutout, DataError, FlipLR, PadCrop, decode_images, get_data, get_dls, image_files
+from data import (
+    MEAN_COLOUR,
+    BatchDL,
+    Cutout,
+    FlipLR,
+    InputError,
+    PadCrop,
+    decode_images,
+    get_data,
+    get_dls,
+    image_files,
+)
+from train_fastai import main
 
 N = 400
 GREY = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
@@ -223,6 +236,14 @@ def zero_bytes(path): (path/'test/red/0.png').write_bytes(b'')
 def text_as_image(path): (path/'train/red/0.png').write_text('hello')
 def half_an_image(path): (path/'train/red/1.png').write_bytes((path/'train/red/1.png').read_bytes()[:300])
 def sixteen_bits(path): save(path/'train/red/0.png', np.arange(1024, dtype='uint16').reshape(32, 32))
+def broken_link(path): (path/'train/red/8.png').symlink_to('nowhere.png')
+def file_as_split(path):
+    (path/'test').rename(path/'rest')
+    (path/'test').touch()
+
+
+def no_unicode(path): os.rename(path/'train/red/0.png', os.fsencode(path/'train/red/caf') + b'\xe9.png')
+def line_break(path): (path/'train/red/0.png').rename(path/'train/red/a\nb.png')
 def no_test_folder(path): (path/'test').rename(path/'valid')
 def extra_class(path): (path/'train/pink').mkdir()
 def lacking_class(path): (path/'train/red').rename(path/'red')
@@ -264,22 +285,23 @@ BAD_FOLDERS = [
     (image_beside_classes, 'train/0.png is not where'), (image_too_deep, 'train/red/more/0.png lies too deep'),
     (other_size, 'train/red/0.png is 33×32 pixels'),
     (zero_bytes, 'test/red/0.png cannot be read'), (text_as_image, 'train/red/0.png cannot be read'),
+    (broken_link, 'train/red/8.png cannot be read'), (file_as_split, 'has no folder "test"'),
+    (no_unicode, r"red/caf\xe9.png' is a name that cannot"), (line_break, r"red/a\nb.png' is a name that cannot"),
     (half_an_image, 'train/red/1.png cannot be read'), (sixteen_bits, 'train/red/0.png is not a single image'),
 ]
 
 
 @pytest.mark.parametrize(('spoil', 'message'), BAD_FOLDERS, ids=lambda o: getattr(o, '__name__', ''))
-def test_a_bad_folder_is_named_in_one_line(tmp_path, spoil, message):
+def test_a_bad_folder_is_named_in_one_line_and_nothing_is_written(tmp_path, capsys, spoil, message):
     path = make_folder(tmp_path/'d')
     spoil(path)
     for stock in (False, True):
-        with pytest.raises(DataError) as e: get_dls(path, bs=8, stock_loader=stock)
-        assert message in str(e.value)
-        assert '\n' not in str(e.value)
+        assert message in ends(capsys, 2, main, data=path, out=tmp_path/'out', bs=8, stock_loader=stock)
+        assert not (tmp_path/'out').exists()
 
 
 def test_fewer_training_images_than_a_batch(folder):
-    with pytest.raises(DataError, match='24 training images, fewer than one batch of 25'): get_dls(folder, bs=25)
+    with pytest.raises(InputError, match='24 training images, fewer than one batch of 25'): get_dls(folder, bs=25)
 
 
 def test_names_with_spaces_and_letters_of_any_language(tmp_path):
@@ -288,11 +310,16 @@ def test_names_with_spaces_and_letters_of_any_language(tmp_path):
     assert list(get_dls(path, bs=8).vocab) == ['blue', 'green', 'très rouge 赤']
 
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='no file is closed to the superuser')
-def test_a_file_without_permission(tmp_path):
-    path = make_folder(tmp_path/'d')
-    (path/'train/red/0.png').chmod(0)
-    with pytest.raises(DataError, match='red/0.png cannot be read'): get_dls(path, bs=8)
+@pytest.mark.skipif(sys.platform == 'win32', reason='permissions of another kind')
+@pytest.mark.parametrize(('closed', 'message'), [
+    ('train/red/0.png', 'train/red/0.png cannot be read'), ('train/red', 'train/red cannot be read'),
+    ('test', 'test cannot be read'), ('.', 'd cannot be read'), ('..', 'd does not exist')])
+def test_no_permission(tmp_path, permissions_bind, closed, message):
+    path = make_folder(tmp_path/'parent/d')
+    (path/closed).resolve().chmod(0)
+    with pytest.raises(InputError, match=message): get_dls(path, bs=8)
+    (tmp_path/'parent').chmod(0o755)
+    (path/closed).resolve().chmod(0o755)
 
 
 def test_files_come_sorted_whatever_the_directory_says(folder, monkeypatch):

@@ -2,9 +2,9 @@ import errno
 import http.server
 import json
 import math
-import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,16 +14,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, make_folder, one_cycle
+from conftest import ROOT, ends, make_folder, one_cycle
+from fastai.data.external import fastai_cfg
 from fastai.vision.all import Adam, Callback, ClassificationInterpretation, Learner, URLs, accuracy, load_learner
 from kill import command, differences, kill_and_resume, run_options
 from PIL import Image
 
+import data
 import train_fastai
 from arch import ResNet
 from callbacks import SeedEpochs
-from data import get_dls
-from train_fastai import OptionError, check_options, get_learner, locked, main
+from data import InputError, get_data, get_dls
+from train_fastai import check_options, get_learner, locked, main
 
 FILES = {'metrics.json', 'history.csv', 'schedule.csv', 'lr_find.csv', 'misclassified.csv', 'lr_find.png',
          'schedule.png', 'history.png', 'misclassified.png', 'top_losses.png', 'confusion_matrix.png', 'augmented.png',
@@ -54,16 +56,6 @@ def run_program(*args): return subprocess.run(command(*args), capture_output=Tru
 
 
 def start(folder, out): main(data=str(folder), out=str(out), epochs=6, bs=8, lr_min=1e-4, lr_max=1e-3)
-
-
-def ends(capsys, code, call, **options) -> str:
-    """The one line on stderr with which `call` ends the program, after its name."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e: call(**options)
-    err = capsys.readouterr().err
-    assert e.value.code == code, err
-    assert err.count('\n') == 1
-    return err.removeprefix('train_fastai.py: ')
 
 
 class TestRunFolder:
@@ -216,7 +208,7 @@ BAD_OPTIONS = [
 @pytest.mark.parametrize(('change', 'message'), BAD_OPTIONS, ids=lambda o: ' '.join(o) if isinstance(o, dict) else '')
 def test_options_out_of_range(change, message):
     check_options(**OPTIONS)
-    with pytest.raises(OptionError) as e: check_options(**OPTIONS | change)
+    with pytest.raises(InputError) as e: check_options(**OPTIONS | change)
     assert message in str(e.value)
 
 
@@ -332,6 +324,25 @@ def test_a_run_that_only_lacks_its_results_is_finished(folder, whole, tmp_path, 
     assert differences(whole, out) == []
 
 
+def test_an_interrupted_finder_leaves_nothing_that_stands_in_the_way(folder, tmp_path, capsys, monkeypatch):
+    class Interrupt(Callback):
+        def before_batch(self):
+            if hasattr(self, 'lr_finder') and self.iter == 1: signal.raise_signal(signal.SIGINT)
+    out = tmp_path/'out'
+    options = dict(data=folder, out=out, epochs=1, bs=8)
+    monkeypatch.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
+    assert 'no epoch was finished, start anew' in ends(capsys, 130, main, **options)
+    monkeypatch.undo()
+    main(**options)
+    assert {f.name for f in out.iterdir()} == FILES
+
+
+def test_an_interruption_while_images_are_read(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, 'decode_image', lambda *_: signal.raise_signal(signal.SIGINT))
+    assert 'interrupted; no epoch was finished' in ends(capsys, 130, start, folder=folder, out=tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
 def test_sigterm(folder, whole, tmp_path):
     out = tmp_path/'out'
     process = subprocess.Popen(command(*run_options(folder, out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -351,19 +362,31 @@ def test_three_kills_at_random_moments(folder, whole, tmp_path):
     assert differences(whole, tmp_path/'out') == []
 
 
-@pytest.mark.parametrize('error', [errno.ENOSPC, errno.EROFS], ids=errno.errorcode.get)
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(folder, whole, tmp_path, capsys, monkeypatch, error):
+def full_disk(out): (out/'checkpoint.pth.part').symlink_to('/dev/full')
+def read_only_folder(out): out.chmod(0o555)
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='this system has no device that is always full')
+@pytest.mark.parametrize(('fault', 'message'), [
+    (full_disk, 'checkpoint.pth: No space left on device'), (read_only_folder, 'Permission denied')])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(folder, whole, tmp_path, capsys, monkeypatch,
+                                                                permissions_bind, fault, message):
     out = tmp_path/'out'
-    def fail():
-        def fsync(_): raise OSError(error, os.strerror(error))
-        monkeypatch.setattr(os, 'fsync', fsync)
-    disturbed(monkeypatch, fail)
-    message = ends(capsys, 1, start, folder=folder, out=out)
-    assert os.strerror(error) in message
-    assert f'--resume {out}' in message
-    monkeypatch.undo()
+    disturbed(monkeypatch, lambda: fault(out))
+    line = ends(capsys, 1, start, folder=folder, out=out)
+    assert message in line
+    assert f'--resume {out}' in line
+    out.chmod(0o755)
     main(resume=str(out))
     assert differences(whole, out) == []
+    assert {f.name for f in out.iterdir()} == FILES - {'lr_find.csv', 'lr_find.png'}
+
+
+def test_an_out_folder_that_cannot_be_written(folder, tmp_path, capsys, permissions_bind):
+    (tmp_path/'closed').mkdir(mode=0o555)
+    for out in ('closed', 'closed/in it'):
+        assert str(tmp_path/out) in ends(capsys, 2, start, folder=folder, out=tmp_path/out)
+    assert not list((tmp_path/'closed').iterdir())
 
 
 def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsys):
@@ -382,36 +405,66 @@ def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsy
 
 
 @pytest.fixture
-def breaking_server(tmp_path, monkeypatch):
-    """A server on this machine that breaks off in the middle of an archive, as the source of CIFAR-10."""
+def server(folder, tmp_path, monkeypatch):
+    """A source of CIFAR-10 on this machine; its `send` makes the answer of an archive of 36 images."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            content = self.server.send(archive)
             self.send_response(200)
-            self.send_header('Content-Length', '1000000')
+            self.send_header('Content-Length', str(len(archive)))
             self.end_headers()
-            self.wfile.write(b'x' * 1000)
+            self.wfile.write(content)
 
         def log_message(self, *_): pass
+    (tmp_path/'cifar10').symlink_to(folder)
+    archive = Path(shutil.make_archive(tmp_path/'archive', 'gztar', folder.parent, folder.name)).read_bytes()
     server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+    server.send = lambda archive: archive
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
     monkeypatch.setattr(URLs, 'CIFAR', f'http://127.0.0.1:{server.server_port}/cifar10.tgz')
+    monkeypatch.setattr(data, 'CIFAR_IMAGES', 36)
+    fastai_cfg.cache_clear()  # which would keep the true home
     yield server
+    fastai_cfg.cache_clear()
     server.shutdown()
     server.server_close()
 
 
-def test_a_download_that_breaks_is_one_line_and_leaves_no_data_set(breaking_server, tmp_path, capsys):
+def breaks_off(archive): return archive[:len(archive) // 2]
+def is_no_archive(archive): return b'<html>'.ljust(len(archive))
+
+
+@pytest.mark.parametrize('fault', [breaks_off, is_no_archive])
+def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_stands_in_the_way(server, tmp_path, capsys, fault):
+    whole, server.send = server.send, fault
     for _ in range(2):
-        assert 'CIFAR-10 could not be downloaded' in ends(capsys, 2, main, out=str(tmp_path/'out'))
+        assert 'CIFAR-10 could not be downloaded' in ends(capsys, 2, main, out=tmp_path/'out')
         assert not (tmp_path/'home/data/cifar10').exists()
         assert not (tmp_path/'out').exists()
+    server.send = whole
+    assert len(list(get_data().rglob('*.png'))) == 36
 
 
-def test_no_network_is_one_line(breaking_server, tmp_path, capsys):
-    breaking_server.shutdown()
-    breaking_server.server_close()
-    assert 'check the network, or pass a folder' in ends(capsys, 2, main, out=str(tmp_path/'out'))
+def test_no_network_is_one_line(server, tmp_path, capsys):
+    server.shutdown()
+    server.server_close()
+    assert 'check the network, or pass a folder' in ends(capsys, 2, main, out=tmp_path/'out')
+
+
+def test_half_a_data_set_is_not_taken_for_the_whole(server, tmp_path, capsys):
+    """Python unpacks what there is of an archive whose rest is lost."""
+    whole, server.send = server.send, lambda archive: archive[:len(archive) // 2].ljust(len(archive), b'\0')
+    for _ in range(2):
+        message = ends(capsys, 2, main, out=tmp_path/'out')
+        home = tmp_path/'home'
+        found = re.match(r'error: (.*) holds (\d+) of the 36 images of CIFAR-10; remove it, and (.*) if', message)
+        assert found.groups() == (f'{home}/data/cifar10', found[2], f'{home}/archive/cifar10.tgz')
+        assert 0 < int(found[2]) < 36
+    shutil.rmtree(found[1])
+    Path(found[3]).unlink()
+    server.send = whole
+    assert len(list(get_data().rglob('*.png'))) == 36
 
 
 def test_paths_from_python_a_dollar_sign_and_a_models_folder(tmp_path):
