@@ -67,6 +67,15 @@ class History(Callback):
             self.rows.append(dict(zip(self.columns, row, strict=True)))
 
 
+def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
+
+    `log_probs` (N, classes) float, `targets` (N,) int64.
+    """
+    n = log_probs.shape[1]
+    return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
+
+
 class FinalPredictions(Callback):
     """Keeps what the network said of each test image in the latest validation: after training, the final model's.
 
@@ -97,10 +106,6 @@ class FinalPredictions(Callback):
                      predicted=vocab[predicted[i]], probability=log_prob[i].exp().item(), loss=self.losses[i].item())
                 for i in wrong[self.losses[wrong].argsort(descending=True, stable=True)].tolist()]
 
-    def confusion_matrix(self) -> Tensor:
-        """Counts of test images, (classes, classes) int64: rows are actual classes, columns predictions."""
-        n = self.log_probs.shape[1]
-        return (self.targets * n + self.log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
 
 
 class Precision(MixedPrecision):

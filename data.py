@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 
 from fastai.vision.all import *
+from PIL import ImageOps
 from torchvision.io import ImageReadMode, decode_image
 
 SIZE = 32
@@ -65,6 +66,14 @@ def image_files(path: str | Path) -> L:
     for f in files:
         if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} is a name that cannot be printed; change it')
     return files
+
+
+class FitSize(DisplayedTransform):
+    """Brings a `PILImage` of another size to SIZE × SIZE: its centre square, resized."""
+    order = 1
+
+    def encodes(self, x: PILImage) -> PILImage:
+        return x if x.size == (SIZE, SIZE) else PILImage(ImageOps.fit(x, (SIZE, SIZE), Image.Resampling.BILINEAR))
 
 
 class Augmentation(DisplayedTransform):
@@ -178,19 +187,35 @@ def decode_images(files: list[Path]) -> Tensor:
     return torch.cat(chunks).permute(0, 3, 1, 2)
 
 
+def data_block(dl_type: type = BatchDL, vocab: list[str] | None = None, **kwargs) -> DataBlock:
+    """The `DataBlock` of this project, but for where its images come from; `vocab` are the classes, if known."""
+    return DataBlock(blocks=(ImageBlock, CategoryBlock(vocab=vocab)), dl_type=dl_type,
+                     item_tfms=[FitSize(), PadCrop(4), FlipLR(), Cutout(8)],
+                     batch_tfms=Normalize.from_stats(*cifar_stats), **kwargs)
+
+
+def get_empty_dls(vocab: list[str], device: torch.device | None = None) -> DataLoaders:
+    """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
+    blank = PILImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
+    block = data_block(vocab=vocab, get_y=AttrGetter('label', vocab[0]), splitter=lambda _: ([0], [1]))
+    return block.dataloaders([blank, blank], num_workers=0, device=device).new_empty()
+
+
 def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_workers: int | None = None,
-            device: torch.device | None = None) -> DataLoaders:
+            device: torch.device | None = None, every: int = 1) -> DataLoaders:
     """`DataLoaders` of the folder `path` (see `image_files`), as a `DataBlock` builds them.
 
     Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
     (bs,). Training batches are shuffled and augmented, the last partial one is dropped; test images are only
     normalised. By default all images are decoded once, into the memory of `device`; with `stock_loader` fastai's own
-    loader decodes and augments item by item in `num_workers` processes. Raises `InputError`.
+    loader decodes and augments item by item in `num_workers` processes. Of each folder only one image in `every` is
+    taken. Raises `InputError`.
     """
-    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=image_files, get_y=parent_label,
-                      splitter=GrandparentSplitter(train_name='train', valid_name='test'),
-                      item_tfms=[PadCrop(4), FlipLR(), Cutout(8)], batch_tfms=Normalize.from_stats(*cifar_stats),
-                      dl_type=TfmdDL if stock_loader else BatchDL)
+    def get_items(path):
+        return L(files[::every] for files in groupby(image_files(path), lambda f: f.parent).values()).concat()
+
+    block = data_block(TfmdDL if stock_loader else BatchDL, get_items=get_items, get_y=parent_label,
+                       splitter=GrandparentSplitter(train_name='train', valid_name='test'))
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers if stock_loader else 0, device=device)
     if len(dls.train) == 0:
         raise InputError(f'{path} has {len(dls.train_ds)} training images, fewer than one batch of {bs}; lower --bs')

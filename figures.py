@@ -3,8 +3,8 @@ from fastai.vision.all import *
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-plt.rcParams['text.parse_math'] = False  # a class may be called $x$
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # the same colour for the same thing in all figures
+names_as_they_are = plt.rc_context({'text.parse_math': False})  # a class may be called $x$
 
 
 def lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max: float) -> Figure:
@@ -27,18 +27,18 @@ def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     """Learning rate and momentum of every training batch; `rows` as in schedule.csv."""
     batch, lr, momentum = ([row[k] for row in rows] for k in ('batch', 'lr', 'momentum'))
     fig, (top, bottom) = plt.subplots(2, figsize=(8, 6), sharex=True, layout='constrained', height_ratios=(2, 1))
-    top.plot(batch, lr, color=TRAIN)
+    top.plot(batch, lr, color='black')
     peak = int(np.argmax(lr))
     for at, name, offset in ((0, 'start', (14, 2)), (peak, 'peak', (0, 9)), (len(lr) - 1, 'end', (0, 56))):
         top.plot(batch[at], lr[at], 'o', color=MARK)
         top.annotate(f'{name}: {lr[at]:.2e}, epoch {at / batches_per_epoch:.3g}', (batch[at], lr[at]), offset,
-                     textcoords='offset points', color=MARK,
+                     textcoords='offset points', color=MARK, arrowprops=dict(arrowstyle='-', color=MARK, alpha=0.4),
                      ha=dict(start='left', peak='center', end='right')[name])
     top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
     epochs = top.secondary_xaxis('top', functions=(lambda b: b / batches_per_epoch, lambda e: e * batches_per_epoch))
     epochs.set_xlabel('epoch')
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
-    bottom.plot(batch, momentum, color=TRAIN)
+    bottom.plot(batch, momentum, color='black')
     bottom.set(xlabel='iteration (training batch)', ylabel='momentum (β₁)')
     for ax in (top, bottom): ax.grid(alpha=0.3)
     return fig
@@ -64,6 +64,7 @@ def history(rows: list[dict], target: float = 0.9) -> Figure:
     return fig
 
 
+@names_as_they_are
 def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
     """The first `n` images of `rows`, as in misclassified.csv: those that the network got most wrong."""
     cols = 5
@@ -76,12 +77,14 @@ def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
     return fig
 
 
+@names_as_they_are
 def top_losses(interp: Interpretation, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest losses."""
     interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     return plt.gcf()
 
 
+@names_as_they_are
 def confusion_matrix(counts: Tensor, vocab: list[str]) -> Figure:
     """How often each class (row) was taken for each other (column); `counts` (classes, classes) int64."""
     fig, ax = plt.subplots(figsize=(8, 7.5), layout='constrained')
@@ -97,6 +100,7 @@ def confusion_matrix(counts: Tensor, vocab: list[str]) -> Figure:
     return fig
 
 
+@names_as_they_are
 def augmented(dls: DataLoaders, n: int = 24) -> Figure:
     """A training batch as the network sees it: cropped, flipped, with its hole."""
     dls.train.show_batch(max_n=n, nrows=3, figsize=(12, 5.2), interpolation='nearest')

@@ -39,18 +39,20 @@ from callbacks import (
     SeedEpochs,
     StopOnNaN,
     best_precision,
+    confusion_matrix,
     load_state,
     save_csv,
     save_state,
     write_whole,
 )
 from data import SHOW_PROGRESS, InputError, fingerprint, get_data, get_dls
+from report import run_report
 
 try: import fcntl  # isort: skip
 except ImportError: fcntl = None  # Windows has no such locks
 
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
-REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
+TASTE = dict(epochs=4, bs=64)  # what --taste takes for defaults, of a tenth of the images
 
 
 class RunError(RuntimeError):
@@ -194,61 +196,18 @@ def save_training_figures(learn: Learner):
     if h.rows: save_figure(figures.history(h.rows), learn.path/'history.png')
 
 
-def report(m: dict, wrong: int) -> str:
-    """The run with metrics `m` on one page of Markdown, its figures included."""
+def command_line(options: dict) -> str:
+    """The command that starts a run with `options`."""
     command = ['python', 'train_fastai.py']
-    for k, v in other_than_default(m['options']).items():
+    for k, v in other_than_default(options).items():
         command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
-    last_lr = m['lr_min'] / m['options']['final_div']
-    found = 'given on the command line' if m['options']['lr_min'] else 'found by `learn.lr_find()`'
-    finder = '' if m['options']['lr_min'] else '![LR finder](lr_find.png)\n'
-    return f'''# ResNet on CIFAR-10: report of a run
+    return shlex.join(command)
 
-| | this run | reference solution |
-|---|---|---|
-| parameters | {m["parameters"]:,} | {REFERENCE["parameters"]:,} |
-| training accuracy, last epoch | {m["train_accuracy"]:.2%} | {REFERENCE["train_accuracy"]:.2%} |
-| test accuracy, last epoch | {m["test_accuracy"]:.2%} | {REFERENCE["test_accuracy"]:.2%} |
-| first epoch over 90 % test accuracy | {m["first_epoch_over_90"] or "none"} | {REFERENCE["first_epoch_over_90"]} |
 
-{m["epochs"]} epochs of {m["train_images"]:,} images in batches of {m["batch_size"]}, tested on {m["test_images"]:,}
-images; seed {m["seed"]}, {m["precision"]}, {m["device"]}. Training took {m["seconds_training"]:,.0f} s, everything
-together {m["seconds_total"]:,.0f} s. It was started with
-
-    {shlex.join(command)}
-
-with {", ".join(f"{k} {v}" for k, v in m["versions"].items())}.
-
-## Learning rates
-
-LRMIN {m["lr_min"]:.2e} and LRMAX {m["lr_max"]:.2e} were {found}.
-
-{finder}
-The rate rises from LRMIN to LRMAX for 5/24 of the batches and falls to {last_lr:.2e}; momentum goes the other way.
-
-![Learning rate and momentum of every training batch](schedule.png)
-
-## Training
-
-Training figures are means over an epoch's batches as trained on, augmented and with the weights of that moment; test
-figures come after the epoch. Their numbers are in [history.csv](history.csv).
-
-![Loss and accuracy of both sets](history.png)
-
-## What it gets wrong
-
-{wrong:,} of {m["test_images"]:,} test images. All of them are in [misclassified.csv](misclassified.csv), worst first.
-
-![Ten misclassified test images](misclassified.png)
-
-![fastai's top losses](top_losses.png)
-
-![Confusion matrix of the test set](confusion_matrix.png)
-
-## What it saw
-
-![Training images after augmentation](augmented.png)
-'''
+def load_data(options: dict) -> DataLoaders:
+    """The `DataLoaders` of a run with `options`. Raises `InputError`."""
+    return get_dls(get_data(options['data']), bs=options['bs'], stock_loader=options['stock_loader'],
+                   every=10 if options['taste'] else 1)
 
 
 def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: float):
@@ -258,6 +217,7 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
     parameters = sum(p.numel() for p in learn.model.parameters())
     print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
           f'{parameters:,} parameters, {precision} on {device_name(dls.device)}', flush=True)
+    if o.taste: print('A taste: one image in ten, few epochs, small batches. Its numbers say nothing of the recipe.')
     save_figure(figures.augmented(dls), out/'augmented.png')
 
     if state: lr_min, lr_max = state['lr_min'], state['lr_max']
@@ -283,10 +243,10 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
 
     if not hasattr(learn.final_predictions, 'losses'): learn.validate()  # resumed behind the last epoch
     final, rows = learn.final_predictions, learn.history.rows
-    wrong = final.misclassified()
+    wrong, counts = final.misclassified(), confusion_matrix(final.log_probs, final.targets)
     save_csv(out/'misclassified.csv', wrong, ['file', 'actual', 'predicted', 'probability', 'loss'])
     save_figure(figures.misclassified(dls.path, wrong), out/'misclassified.png')
-    save_figure(figures.confusion_matrix(final.confusion_matrix(), dls.vocab), out/'confusion_matrix.png')
+    save_figure(figures.confusion_matrix(counts, dls.vocab), out/'confusion_matrix.png')
     interp = ClassificationInterpretation(learn, dls.valid, final.losses)  # from_learner would test all over again
     save_figure(figures.top_losses(interp), out/'top_losses.png')
 
@@ -296,13 +256,15 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         **{k: rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
         first_epoch_over_90=first(row['epoch'] for row in rows if row['test_accuracy'] > 0.9),
         seconds_training=learn.history.seconds_training, seconds_total=checkpoint.seconds_total(),
-        train_images=len(dls.train_ds), test_images=len(dls.valid_ds),
+        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), classes=list(dls.vocab),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         options=vars(o))
     write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
-    write_whole(out/'report.md', report(metrics, len(wrong)).encode())
+    text = run_report(metrics, command_line(metrics['options']), rows, learn.history.schedule, wrong, counts)
+    write_whole(out/'report.md', text.encode())
     save_state(out/'model.pth', learn.model.state_dict())
-    print(f'training accuracy {metrics["train_accuracy"]:.2%}, test accuracy {metrics["test_accuracy"]:.2%}, '
+    print(f'{"taste" if o.taste else "run"} finished: training accuracy {metrics["train_accuracy"]:.2%}, '
+          f'test accuracy {metrics["test_accuracy"]:.2%}, '
           f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\nEverything is in {out}')
 
 
@@ -320,8 +282,8 @@ def told_how_to_go_on(out: Path):
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Ends the program with one line: exit code 2 for bad input, 1 for a run that failed, 130 or 143 for a signal."""
+def one_line_errors(program: str = 'train_fastai.py'):
+    """Ends `program` with one line: exit code 2 for bad input, 1 for a run that failed, 130 or 143 for a signal."""
     try: yield
     except InputError as e: message, code = f'error: {e}', 2
     except RunError as e: message, code = f'error: {e}', 1
@@ -330,7 +292,7 @@ def one_line_errors():
         code, message = e.args if len(e.args) == 2 else (130, 'nothing was begun')
         message = f'interrupted; {message}'
     else: return
-    print(f'train_fastai.py: {message}', file=sys.stderr)
+    print(f'{program}: {message}', file=sys.stderr)
     sys.exit(code)
 
 
@@ -351,6 +313,7 @@ def main(
     lr_max: float = None,  # learning rate at the peak; with --lr-min, instead of the LR finder
     final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto takes what the hardware is made for
+    taste: bool = False,  # a first look within two minutes: a tenth of the images, 4 epochs, batches of 64
     stock_loader: bool = False,  # fastai's own loader, item by item: the same images, slower
     resume: str = None,  # folder of an interrupted run to go on with, under its own options
 ):
@@ -358,7 +321,7 @@ def main(
     start = time.perf_counter()
     data, out = data and str(data), out and str(out)
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
-                   final_div=final_div, precision=precision, stock_loader=stock_loader)
+                   final_div=final_div, precision=precision, taste=taste, stock_loader=stock_loader)
     if is_cli(): signal.signal(signal.SIGTERM, terminate)
     if resume is not None:
         out = Path(resume)
@@ -366,13 +329,14 @@ def main(
         options, precision = state['options'] | (dict(data=data) if data else {}), state['precision']
     else:
         out, state = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S')), None
+        if taste: options |= TASTE | given_options(options)
         check_options(**options)
         check_out(out)
     o = SimpleNamespace(**options)
 
     with told_how_to_go_on(out):
         print('Reading the images …', flush=True)
-        dls = get_dls(get_data(o.data), bs=o.bs, stock_loader=o.stock_loader)
+        dls = load_data(options)
         if state and state['data'] != fingerprint(dls):
             raise InputError(f'{dls.path} holds other images than the run in {out} was trained on')
         if o.data: o.data = str(Path(o.data).absolute())  # a run is gone on with from anywhere

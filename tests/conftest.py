@@ -68,11 +68,11 @@ def cifar10() -> Path:
     return path
 
 
-def ends(capsys, code, call, **options) -> str:
+def ends(capsys, code, call, *args, **options) -> str:
     """The one line on stderr with which `call` ends the program, after its name."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as e: call(**options)
+    with pytest.raises(SystemExit) as e: call(*args, **options)
     err = capsys.readouterr().err
     assert e.value.code == code, err
     assert err.count('\n') == 1
-    return err.removeprefix('train_fastai.py: ')
+    return err.partition('.py: ')[2]

@@ -23,6 +23,7 @@ from arch import ResNet
 from callbacks import (
     SeedEpochs,
     best_precision,
+    confusion_matrix,
     is_training_run,
     load_state,
     save_csv,
@@ -129,7 +130,8 @@ def test_misclassified_against_a_count_by_hand(tmp_path):
     for f, e in zip(found, expected, strict=True):
         assert (f['actual'], f['predicted']) == (e['actual'], e['predicted'])
         assert (f['probability'], f['loss']) == pytest.approx((e['probability'], e['loss']), rel=1e-3)
-    counts = learn.final_predictions.confusion_matrix()
+    final = learn.final_predictions
+    counts = confusion_matrix(final.log_probs, final.targets)
     assert counts.sum(1).tolist() == [6, 4, 2]
     assert counts[0, 2] == sum(r['actual'] == 'blue' and r['predicted'] == 'red' for r in found) > 0
     assert counts.sum() - counts.trace() == len(found)

@@ -1,10 +1,14 @@
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import ROOT
 from fastcore.script import anno_parser
+from PIL import Image
 
 import train_fastai
 
@@ -38,6 +42,60 @@ def test_every_link_leads_somewhere():
     links = [link for link in re.findall(r'\]\((.*?)\)', README) if not link.startswith('https://')]
     assert len(links) > 5
     for link in links: assert (ROOT/link).exists(), link
+
+
+def test_every_command_runs(folder, tmp_path, monkeypatch):
+    """Every one that it shows, in its order, on small data, but for those in `elsewhere`."""
+    parts = README.split('```')
+    lines = [line for block in parts[1::2] for line in block.splitlines()]
+    lines += re.findall(r'`([^`]+)`', ''.join(parts[::2]))
+    shown = [command.strip() for line in lines for command in line.split('&&')]
+    commands = [c for c in shown if c.startswith(('python ', 'pip ', 'conda '))]
+    added = {
+        'python train_fastai.py --taste': f'--data {folder} --bs 2',
+        'python train_fastai.py --resume runs/X': '', 'python predict.py runs/X cat.png dog.jpg': '',
+        'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X data/test': ''}
+    elsewhere = {
+        'python train_fastai.py', 'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
+        'python benchmarks/speed.py', 'python -m pytest', 'pip install -r requirements.txt',  # test_speed.py, .ci/run
+        'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
+    assert set(commands) == set(added) | elsewhere
+    for file in ROOT.glob('*.py'): (tmp_path/file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'data').symlink_to(folder)
+    (tmp_path/'pictures').mkdir()
+    for name in ('cat.png', 'dog.jpg', 'pictures/a.png'): Image.new('RGB', (50, 40)).save(name)
+    train_fastai.main(data=folder, out='runs/X', bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3)
+    weights = Path('runs/X/model.pth')
+    for command, options in added.items():
+        resumed = '--resume' in command
+        if resumed: weights.rename('weights.pth')  # as if it had been stopped before its end
+        done = subprocess.run([sys.executable, *f'{command} {options}'.split()[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        assert done.stdout
+        if resumed: assert weights.read_bytes() == Path('weights.pth').read_bytes()
+        if 'taste' in command: assert 'A taste' in done.stdout
+
+
+def test_every_line_of_python_runs(folder, tmp_path, monkeypatch):
+    train_fastai.main(data=folder, out=tmp_path/'runs/X', bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3)
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (50, 40)).save('cat.png')
+    one, other = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    for old, new in (('untar_data(URLs.CIFAR)', f'{str(folder)!r}, bs=8'), ('(24,', '(1,')):
+        assert other.count(old) + one.count(old) == 1
+        one, other = one.replace(old, new), other.replace(old, new)
+    names = {}
+    exec('from fastai.vision.all import *', names)
+    for block in (one, other): exec(block, names)
+    assert (len(names['learn'].history.rows), len(names['dls'].train_ds)) == (1, 24)
+
+
+def test_every_test_that_it_names_exists():
+    tests = '\n'.join(f.read_text() for f in (ROOT/'tests').glob('test_*.py'))
+    named = re.findall(r'`(test_\w+)`', README)
+    assert len(named) > 10
+    for name in named: assert f'def {name}(' in tests, name
 
 
 def test_it_lists_every_option():

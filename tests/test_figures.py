@@ -1,0 +1,98 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder, one_cycle
+from matplotlib.colors import same_color
+
+import figures
+from data import get_dls
+from train_fastai import get_learner
+
+LRS = [10 ** (-7 + i / 10) for i in range(75)]
+LOSSES = [3 - min(1, i / 50) + max(0, i - 60) for i in range(75)]
+HISTORY = [dict(epoch=i, train_loss=2 / i, train_accuracy=1 - 0.6 / i, test_loss=2.2 / i, test_accuracy=0.92 - 0.5 / i)
+           for i in range(1, 25)]
+SCHEDULE = [dict(batch=i + 1, lr=one_cycle(i, 240, 1e-4, 2e-3), momentum=0.9) for i in range(240)]
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close('all')
+
+
+def texts(fig) -> list[str]:
+    fig.canvas.draw()
+    found = fig.findobj(lambda o: isinstance(o, plt.Text) and o.get_visible())
+    return [o.get_text() for o in found if o.get_text()]
+
+
+def overlapping(labels) -> bool:
+    boxes = [o.get_window_extent() for o in labels if o.get_text()]
+    return any(one.x1 > other.x0 for one, other in zip(boxes, boxes[1:], strict=False))
+
+
+def test_importing_changes_nothing_for_other_figures(): assert plt.rcParams['text.parse_math'] is True
+
+
+def test_lr_finder_marks_both_rates():
+    fig = figures.lr_finder(LRS, LOSSES, 1.6e-4, 2.3e-3)
+    ax = fig.axes[0]
+    curve, *marks = ax.lines
+    assert list(curve.get_xdata()) == LRS
+    assert [m.get_xdata()[0] for m in marks] == [1.6e-4, 2.3e-3]
+    assert {' LRMIN = 1.60e-04 ', ' LRMAX = 2.30e-03 '} <= set(texts(fig))
+    assert (ax.get_xscale(), ax.get_xlabel()) == ('log', 'learning rate (log scale)')
+    assert not overlapping(ax.get_xticklabels())
+
+
+def test_schedule_marks_its_peak_with_its_epoch():
+    fig = figures.schedule(SCHEDULE, 10)
+    assert {'start: 1.00e-04, epoch 0', 'peak: 2.00e-03, epoch 5', 'end: 1.00e-04, epoch 23.9'} <= set(texts(fig))
+    top, bottom = fig.axes[:2]
+    assert list(top.lines[0].get_ydata()) == [row['lr'] for row in SCHEDULE]
+    assert (top.get_ylabel(), bottom.get_xlabel()) == ('learning rate', 'iteration (training batch)')
+
+
+def test_history_has_the_90_percent_line_and_says_which_set_is_which():
+    fig = figures.history(HISTORY)
+    for ax, name in zip(fig.axes, ('loss', 'accuracy'), strict=True):
+        for line, split, color in zip(ax.lines, ('train', 'test'), (figures.TRAIN, figures.TEST), strict=False):
+            assert list(line.get_ydata()) == [row[f'{split}_{name}'] for row in HISTORY]
+            assert same_color(line.get_color(), color)
+        assert not overlapping(ax.get_xticklabels())
+    assert list(fig.axes[1].lines[2].get_ydata()) == [0.9, 0.9]
+    shown = texts(fig)
+    assert {'training (augmented)', 'test', 'target, 90%', 'loss (nats)', 'accuracy', 'epoch'} <= set(shown)
+    assert any(f'{HISTORY[-1]["test_accuracy"]:.2%}' in t for t in shown)
+
+
+def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
+    rows = [dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10, loss=1)
+            for i in range(3)]
+    fig = figures.misclassified(folder, rows)
+    shown = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_title() for ax in shown] == [f'red → $b$\n({p}%)' for p in (90, 80, 70)]
+    for ax, row in zip(shown, rows, strict=True):
+        image, = ax.images
+        assert (np.asarray(image.get_array()) == plt.imread(folder/row['file'], format='png') * 255).all()
+        assert image.get_interpolation() == 'nearest'
+        assert ax.title.get_parse_math() is False
+    assert 'worst of 3' in fig.get_suptitle()
+
+
+def test_confusion_matrix_says_every_number_in_text():
+    fig = figures.confusion_matrix(torch.tensor([[5, 1], [2, 7]]), ['cat', 'dog'])
+    assert {'5', '1', '2', '7', 'cat', 'dog', 'actual', 'predicted'} <= set(texts(fig))
+    assert fig.axes[0].images[0].get_array().tolist() == [[0, 1], [2, 0]]  # the colour is that of the errors
+
+
+def test_fastais_grids_are_not_blurred(tmp_path):
+    learn = get_learner(dls := get_dls(make_folder(tmp_path/'d'), bs=8), 'fp32', path=tmp_path)
+    learn.fit(1)
+    interp = figures.ClassificationInterpretation(learn, dls.valid, learn.final_predictions.losses)
+    for fig in (figures.augmented(dls), figures.top_losses(interp)):
+        images = [image for ax in fig.axes for image in ax.images]
+        assert len(images) >= 8
+        assert {image.get_interpolation() for image in images} == {'nearest'}

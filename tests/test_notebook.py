@@ -1,0 +1,29 @@
+import nbformat
+from conftest import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOK = ROOT/'experiment.ipynb'
+
+
+def test_it_runs_from_top_to_bottom_on_a_small_folder_and_shows_its_figures(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv('MPLBACKEND')  # the kernel has one of its own
+    for file in ROOT.glob('*.py'): (tmp_path/file.name).symlink_to(file)
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    settings = nb.cells[1]
+    for old, new in (('data = None', f'data = {str(folder)!r}'), ('1, 24, 512', '1, 3, 8')):
+        assert settings.source.count(old) == 1
+        settings.source = settings.source.replace(old, new)
+    NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    shown = [[o for o in cell.outputs if o.output_type != 'stream' and 'image/png' in o.data]
+             for cell in nb.cells if cell.cell_type == 'code']
+    assert [len(images) for images in shown] == [0, 1, 1, 0, 2, 1, 2, 0]  # batch, finder, two curves, errors, losses
+    printed = '\n'.join(o.text for cell in nb.cells for o in cell.get('outputs', []) if o.output_type == 'stream')
+    for part in ('6,569,539 parameters', 'LRMIN', 'LRMAX'): assert part in printed
+
+
+def test_it_is_committed_without_outputs():
+    nb = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(nb)
+    assert 8 <= len([c for c in nb.cells if c.cell_type == 'code']) <= 12
+    for cell in nb.cells:
+        if cell.cell_type == 'code': assert (cell.outputs, cell.execution_count) == ([], None)

@@ -1,0 +1,243 @@
+import io
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ends, make_folder
+from fastai.vision.all import ClassificationInterpretation, PILImage
+from PIL import Image
+
+import predict
+from data import InputError
+from predict import load_run, main, read_image
+from train_fastai import main as train
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return make_folder(tmp_path_factory.mktemp('data')/'d', train=16, test=6)
+
+
+@pytest.fixture(scope='module')
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')/'run'
+    train(data=data, out=out, epochs=6, bs=8, lr_min=1e-4, lr_max=1e-3)
+    return out
+
+
+def read_csv(capsys, *args):
+    capsys.readouterr()
+    main(*map(str, args), csv=True)
+    return pd.read_csv(io.StringIO(capsys.readouterr().out))
+
+
+def test_the_loaded_learner_is_ready_from_anywhere(run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learn = load_run(run)
+    m = json.loads((run/'metrics.json').read_text())
+    assert learn.validate()[-1] == pytest.approx(m['test_accuracy'])
+    assert learn.validate()[-2] == pytest.approx(m['test_loss'])
+    preds, targets = learn.get_preds()
+    assert preds.shape == (18, 3)
+    wrong = pd.read_csv(run/'misclassified.csv')
+    assert (preds.argmax(1) != targets).sum() == len(wrong)
+    learn.show_results()
+    interp = ClassificationInterpretation.from_learner(learn)
+    interp.plot_top_losses(4)
+    assert interp.confusion_matrix().trace() == 18 - len(wrong)
+
+
+def test_without_its_images_it_predicts_the_same(run, data, tmp_path):
+    with_data = load_run(run)
+    moved = tmp_path/'moved'
+    shutil.copytree(run, moved)
+    m = json.loads((moved/'metrics.json').read_text())
+    m['options']['data'] = str(tmp_path/'gone')
+    (moved/'metrics.json').write_text(json.dumps(m))
+    without = load_run(moved)
+    assert len(without.dls.valid_ds) == 0
+    for file in (data/'test/red/0.png', data/'test/blue/1.png'):
+        name, _, probabilities = with_data.predict(file)
+        assert without.predict(file)[0] == name
+        torch.testing.assert_close(without.predict(file)[2], probabilities)
+
+
+def test_probabilities_and_candidates(run, data, capsys):
+    files = sorted((data/'test/green').iterdir())
+    table = read_csv(capsys, run, *files)
+    assert list(table) == ['file', 'class', 'probability', 'class_2', 'probability_2', 'class_3', 'probability_3']
+    assert list(table.file) == list(map(str, files))
+    learn = load_run(run)
+    for row in table.itertuples():
+        name, _, probabilities = learn.predict(row.file)
+        assert row[2] == name
+        assert [row[3], row[5], row[7]] == pytest.approx(sorted(probabilities.tolist(), reverse=True), rel=0.05)
+        assert {row[2], row[4], row[6]} == {'blue', 'green', 'red'}
+    main(str(run), *map(str, files))
+    text = capsys.readouterr().out.splitlines()
+    assert len({len(line.rstrip()) for line in text[1:]}) == 1, 'not aligned'
+    for line, row in zip(text[1:], table.itertuples(), strict=True):
+        assert line.split()[:3] == [row.file, row[2], f'{row[3]:.1%}']
+
+
+def test_a_folder_of_images(run, data, tmp_path, capsys):
+    for i, c in enumerate(('red', 'blue')): shutil.copy(data/f'test/{c}/{i}.png', tmp_path/f'{i}.png')
+    (tmp_path/'notes.txt').touch()
+    table = read_csv(capsys, run, tmp_path)
+    assert list(table.file) == [str(tmp_path/'0.png'), str(tmp_path/'1.png')]
+    assert len(read_csv(capsys, run, tmp_path, data/'test/red/5.png')) == 3
+
+
+def test_evaluation_agrees_with_the_run_and_with_a_count_by_hand(run, data, capsys):
+    table = read_csv(capsys, run, data/'test')
+    m = json.loads((run/'metrics.json').read_text())
+    right = table.actual == table['class']
+    assert right.mean() == pytest.approx(m['test_accuracy'])
+    assert list(table.actual) == [f.split('/')[-2] for f in table.file]
+    main(str(run), str(data/'test'))
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert ['accuracy', f'{m["test_accuracy"]:.2%}'] in lines
+    for c in ('blue', 'green', 'red'):
+        named = table['class'] == c
+        assert [c, '6', f'{right[table.actual == c].mean():.1%}',
+                f'{right[named].mean() if named.any() else 0:.1%}'] in lines
+    errors = table[~right].groupby(['actual', 'class']).size()
+    for (actual, predicted), n in errors.items(): assert f'{actual} → {predicted}  {n}' in text
+
+    learn = load_run(run)
+    x = torch.cat([x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid])
+    net = learn.model.eval()
+    with torch.no_grad(): mean = (net(x) + net(x.flip(-1))) / 2
+    targets = torch.tensor([learn.dls.vocab.o2i[f.parent.name] for f in learn.dls.valid_ds.items])
+    line = next(line for line in lines if line[:3] == ['accuracy,', 'flip', 'averaging'])
+    expected = (mean.argmax(1) == targets).float().mean().item()
+    assert float(line[3].rstrip('%')) / 100 == pytest.approx(expected, abs=1e-4)
+
+
+def test_flip_averaging_is_the_mean_of_log_probabilities():
+    log_probs, flipped = torch.tensor([[0.6, 0.4], [0.9, 0.1]]).log(), torch.tensor([[0.05, 0.95], [0.8, 0.2]]).log()
+    text = predict.evaluation(log_probs, flipped, torch.tensor([1, 0]), ['a', 'b'])
+    assert text.splitlines()[1].split()[-1] == '50.00%'
+    assert text.splitlines()[2].split()[3] == '100.00%'
+
+
+def save_as(mode, pixels, file):
+    image = Image.fromarray(pixels)
+    if mode == 'I;16': image = Image.fromarray(np.asarray(image.convert('L')).astype('uint16') * 257)
+    elif mode != 'RGB': image = image.convert(mode)
+    image.save(file)
+    return file
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'LA', 'RGBA', 'P', '1', 'I;16', 'CMYK'])
+@pytest.mark.parametrize('size', [(32, 32), (64, 96), (7, 5), (200, 33)])
+def test_images_of_any_size_and_mode(tmp_path, mode, size):
+    """On images of a few large fields of a colour, the left grey, the right white."""
+    w, h = size
+    pixels = np.full((h, w, 3), 128, 'uint8')
+    pixels[:, w // 2:] = 255
+    image = read_image(save_as(mode, pixels, tmp_path/('x.tif' if mode == 'CMYK' else 'x.png')))
+    assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
+    left, right = image[:, :, :10].float().mean(), image[:, :, -10:].float().mean()
+    assert right > 250
+    if mode != '1': assert abs(left - 128) < 3
+
+
+def test_the_centre_square_of_a_larger_image(tmp_path):
+    """On an image whose green tells the row and whose blue the column."""
+    pixels = np.stack(np.broadcast_arrays(np.uint8(0), np.arange(64, dtype='uint8')[:, None], np.arange(128)), -1)
+    pixels = pixels.astype('uint8')
+    Image.fromarray(pixels).save(tmp_path/'x.png')
+    found = read_image(tmp_path/'x.png').permute(1, 2, 0).float()
+    assert (found - torch.from_numpy(pixels[::2, 32:96:2].astype('float32'))).abs().max() <= 1
+    Image.fromarray(pixels[::2, ::2]).save(tmp_path/'y.png')
+    small = read_image(tmp_path/'y.png').permute(1, 2, 0)
+    assert (small.numpy() == pixels[::2, 32:96:2]).all(), 'a crop of the right size is not resampled'
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    pixels = np.zeros((32, 32, 3), 'uint8')
+    pixels[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path/'x.png', exif=exif)
+    assert read_image(tmp_path/'x.png')[:, -1].min() == 255
+
+
+def test_learn_predict_takes_other_sizes_as_the_command_does(run, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 50, 3), 'uint8')
+    Image.fromarray(pixels).save(tmp_path/'x.png')
+    table = read_csv(capsys, run, tmp_path/'x.png')
+    name, _, probabilities = load_run(run).predict(tmp_path/'x.png')
+    assert table['class'][0] == name
+    assert table.probability[0] == pytest.approx(probabilities.max().item(), rel=0.02)
+    assert load_run(run).predict(PILImage.create(pixels))[0] == name
+
+
+def empty(tmp_path): (tmp_path/'empty').mkdir()
+def text(tmp_path): (tmp_path/'text.png').write_text('hello')
+def nothing(tmp_path): pass
+
+
+def other_class(tmp_path):
+    for c in ('red', 'pink'):
+        (tmp_path/'eval'/c).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path/'eval'/c/'0.png')
+
+
+@pytest.mark.parametrize(('make', 'images', 'message'), [
+    (nothing, [], 'no image was given'), (nothing, ['none.png'], 'none.png does not exist'),
+    (empty, ['empty'], 'empty holds no images'), (text, ['text.png'], 'text.png cannot be read as an image'),
+    (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class'),
+    (other_class, ['eval', 'eval'], 'give it alone')], ids=lambda o: getattr(o, '__name__', None))
+def test_bad_images_are_one_line(run, tmp_path, capsys, monkeypatch, make, images, message):
+    make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert message in ends(capsys, 2, main, str(run), *images)
+    assert capsys.readouterr().out == ''
+
+
+def no_weights(run): (run/'model.pth').unlink()
+def no_metrics(run): (run/'metrics.json').unlink()
+def odd_metrics(run): (run/'metrics.json').write_text('[]')
+def damaged(run): (run/'model.pth').write_bytes((run/'model.pth').read_bytes()[:1000])
+def foreign(run): torch.save(dict(a=torch.ones(3)), run/'model.pth')
+
+
+class Malicious:
+    def __reduce__(self): return os.mkdir, (os.environ['MALICIOUS_DIR'],)
+
+
+def malicious(run): torch.save(dict(a=Malicious()), run/'model.pth')
+def malicious_pickle(run): (run/'model.pth').write_bytes(pickle.dumps(Malicious()))
+
+
+@pytest.mark.parametrize(('spoil', 'message'), [
+    (no_weights, 'is no folder of a finished run'), (no_metrics, 'metrics.json'), (odd_metrics, 'metrics.json'),
+    (damaged, 'model.pth is damaged'), (foreign, 'does not hold the weights of this network'),
+    (malicious, 'it was not opened'), (malicious_pickle, 'model.pth is damaged')],
+    ids=lambda o: getattr(o, '__name__', None))
+def test_a_run_that_cannot_be_used_is_one_line_and_no_code_of_it_runs(run, data, tmp_path, capsys, monkeypatch, spoil,
+                                                                      message):
+    monkeypatch.setenv('MALICIOUS_DIR', str(tmp_path/'was here'))
+    bad = tmp_path/'bad'
+    shutil.copytree(run, bad)
+    spoil(bad)
+    assert message in ends(capsys, 2, main, str(bad), str(data/'test/red/0.png'))
+    assert not (tmp_path/'was here').exists()
+
+
+def test_other_classes_where_the_images_were(run, tmp_path):
+    other = tmp_path/'other'
+    shutil.copytree(run, other)
+    m = json.loads((other/'metrics.json').read_text())
+    path = make_folder(tmp_path/'d', train=16)
+    for split in ('train', 'test'): (path/split/'red').rename(path/split/'pink')
+    m['options']['data'] = str(path)
+    (other/'metrics.json').write_text(json.dumps(m))
+    with pytest.raises(InputError, match='has other classes'): load_run(other)
