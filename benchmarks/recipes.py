@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Recipes side by side: the same network, images, seeds and learning rates, and one thing changed.
+
+    python benchmarks/recipes.py ingredients --seeds 42,43   # judged by a tenth of the training images, held out for it
+    python benchmarks/recipes.py schedule --seeds 42,43      # three ends of the one cycle, judged by the test set
+
+Each run is written to `runs/recipes/<table>/<arm>-<seed>.json` when it ends; what is there is not done again. The test
+set chooses nothing: an ingredient is chosen by the first table, and the second compares readings of the assignment.
+"""
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fastai.vision.all import *
+from fastcore.script import call_parse
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from callbacks import write_whole
+from data import get_data, get_dls
+from train_fastai import PCT_START, device_name, get_learner, weight_decay_groups
+
+LR_MIN, LR_MAX = 1.6e-4, 2.3e-3  # as the finder gives for seed 42
+ARMS = dict(
+    ingredients={
+        'plain': {}, 'wd-0.1': dict(wd=0.1), 'smoothing-0.1': dict(label_smoothing=0.1),
+        'wd-0.1-smoothing-0.1': dict(wd=0.1, label_smoothing=0.1)},
+    schedule={
+        'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
+        'div-final-1e5-annihilates': dict(div_final=1e5)})
+AVERAGES = 0.99, 0.995, 0.998  # decay a step of the exponential moving averages, which every run keeps
+
+
+def hold_out(path: Path, to: Path, every: int = 10) -> Path:
+    """A data folder `to` of links to the training images in `path`, one in `every` of each class as its test images."""
+    for folder in (path/'train').ls():
+        for split in ('train', 'test'): (to/split/folder.name).mkdir(parents=True)
+        for i, file in enumerate(folder.ls().sorted()):
+            (to/('train' if i % every else 'test')/folder.name/file.name).symlink_to(file.resolve())
+    return to
+
+
+class WeightAverages(Callback):
+    """Keeps exponential moving averages of the weights and of batch norm's statistics: `models`, by their decay."""
+
+    def before_fit(self):
+        self.models = {d: AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(d), use_buffers=True)
+                       for d in AVERAGES}
+
+    def after_step(self):
+        for model in self.models.values(): model.update_parameters(self.model)
+
+
+@torch.no_grad()
+def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
+    """The accuracy of `model` on the test images of `learn`, plain and by flip averaging."""
+    model.eval()
+    plain = flips = 0
+    with torch.autocast(learn.dls.device.type, torch.bfloat16, enabled=hasattr(learn, 'precision')):
+        for x, y in learn.dls.valid:
+            one, other = model(x), model(x.flip(-1))
+            plain += (one.argmax(1) == y).sum().item()
+            flips += ((one + other).argmax(1) == y).sum().item()
+    n = len(learn.dls.valid_ds)
+    return dict(accuracy=plain / n, accuracy_flip=flips / n)
+
+
+def run(dls: DataLoaders, arm: dict, seed: int, epochs: int) -> dict:
+    """Trains once, with what `arm` changes; returns the arm and what came of it."""
+    div = LR_MAX / LR_MIN
+    recipe = dict(wd=0.01, label_smoothing=0., div_final=div) | arm
+    with tempfile.TemporaryDirectory() as folder:
+        learn = get_learner(dls, seed=seed, path=folder)
+        learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
+        learn.loss_func = CrossEntropyLossFlat(label_smoothing=recipe['label_smoothing'])
+        averages = WeightAverages()
+        learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START, cbs=averages)
+    return dict(recipe, seed=seed, epochs=epochs, lr_min=LR_MIN, lr_max=LR_MAX, train_images=len(dls.train_ds),
+                test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
+                **accuracies(learn, learn.model),
+                averages={d: accuracies(learn, model) for d, model in averages.models.items()})
+
+
+@call_parse
+def main(
+    table: Annotated[str, dict(choices=[*ARMS])],  # what is compared
+    seeds: str = '42',  # separated by commas
+    epochs: int = 8,  # passes over the training images
+    bs: int = 512,  # batch size
+    data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
+    out: str = 'runs/recipes',  # folder for the results
+):
+    "Train every arm of a table with every seed and write what came of it as JSON."
+    out = Path(out)/table
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = get_data(data)
+        dls = get_dls(hold_out(path, Path(folder)) if table == 'ingredients' else path, bs)
+        for seed, (name, arm) in itertools.product(seeds.split(','), ARMS[table].items()):
+            file = out/f'{name}-{seed}.json'
+            if file.exists(): continue
+            print(file, flush=True)
+            write_whole(file, json.dumps(run(dls, arm, int(seed), epochs), indent=1).encode() + b'\n')
