@@ -6,7 +6,7 @@ import zipfile
 
 from fastai.vision.all import *
 
-from data import InputError
+from errors import InputError
 
 
 def is_training_run(learn: Learner) -> bool:
@@ -36,9 +36,9 @@ class SeedEpochs(Callback):
 class History(Callback):
     """Records the training run: `rows`, a dict an epoch, and `schedule`, the LR and momentum of every training batch.
 
-    It also mends the recorder's log, and with it the printed table: epochs count from 1 and the training loss is the
-    mean over the epoch's batches, not a smoothed value. `seconds_training` is training alone, a row's `seconds` an
-    epoch with its test.
+    It also mends the recorder's log, and with it the printed table: epochs count from 1, and on through several fits,
+    and the training loss is the mean over the epoch's batches, not a smoothed value. `seconds_training` is training
+    alone, a row's `seconds` an epoch with its test.
     """
     order = Recorder.order + 1
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
@@ -59,7 +59,7 @@ class History(Callback):
 
     def after_train(self):
         self.seconds_training += time.perf_counter() - self.start
-        self.recorder.log[:2] = [self.epoch + 1, self.train_loss.value.item()]
+        self.recorder.log[:2] = [len(self.rows) + 1, self.train_loss.value.item()]
 
     def after_validate(self):
         row = [*self.recorder.log, time.perf_counter() - self.start]
@@ -93,7 +93,7 @@ class FinalPredictions(Callback):
         self._targets.append(self.y.as_subclass(Tensor))
 
     def after_validate(self):
-        if not self._keep: return
+        if not self._keep or not self._preds: return
         self.log_probs, self.targets = torch.cat(self._preds).float().cpu(), torch.cat(self._targets).cpu()
         self.losses = F.nll_loss(self.log_probs, self.targets, reduction='none')
 
@@ -105,7 +105,6 @@ class FinalPredictions(Callback):
         return [dict(file=files[i].relative_to(folder).as_posix(), actual=vocab[self.targets[i]],
                      predicted=vocab[predicted[i]], probability=log_prob[i].exp().item(), loss=self.losses[i].item())
                 for i in wrong[self.losses[wrong].argsort(descending=True, stable=True)].tolist()]
-
 
 
 class Precision(MixedPrecision):
@@ -145,7 +144,7 @@ class PlainLog(Callback):
     order = ProgressCallback.order
 
     def before_fit(self):
-        if self.learn.logger == noop: return  # lr_find and get_preds are silent
+        if self.learn.logger == noop or not is_training_run(self.learn): return
         self.learn.logger = self.write
         self.write(name.replace('valid', 'test') for name in self.recorder.metric_names)
 

@@ -1,10 +1,13 @@
 """CIFAR-10 as fastai `DataLoaders`: where the images come from, their augmentation, and a loader of whole batches."""
 import contextlib
 import hashlib
+import tempfile
 
 from fastai.vision.all import *
 from PIL import ImageOps
 from torchvision.io import ImageReadMode, decode_image
+
+from errors import InputError
 
 SIZE = 32
 CIFAR_IMAGES = 60_000
@@ -12,12 +15,9 @@ SHOW_PROGRESS = sys.stdout.isatty() or IN_NOTEBOOK  # a bar in a log file is noi
 MEAN_COLOUR = [round(255 * m) for m in cifar_stats[0]]  # zero once normalised, up to the rounding of a byte
 
 
-class InputError(ValueError):
-    """What was given cannot be used; the message is one line that names the culprit and the way out."""
-
-
 def get_data(path: str | Path | None = None) -> Path:
     """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `InputError`."""
+    if path == '': raise InputError('--data is empty; give a folder, or leave it out')
     if path is not None: return Path(path)
     try:
         with contextlib.nullcontext() if SHOW_PROGRESS else contextlib.redirect_stdout(None):
@@ -66,6 +66,23 @@ def image_files(path: str | Path) -> L:
     for f in files:
         if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} is a name that cannot be printed; change it')
     return files
+
+
+class RGBImage(PILImage):
+    """A `PILImage` of any file: upright, as its camera noted, and 8 bits a channel."""
+
+    @classmethod
+    def create(cls, fn: Path | str | Tensor | ndarray | bytes | Image.Image, **kwargs):  # the types steer fastai
+        """As fastai's, which ignores a photograph's orientation and cuts 16 bits off at 255."""
+        if isinstance(fn, str | Path):
+            fn = ImageOps.exif_transpose(Image.open(fn))
+            if fn.mode.startswith('I'):  # 16 bits, or 32 that hold 8 or 16
+                pixels = np.asarray(fn)
+                wide = fn.mode != 'I' or pixels.max() > 255
+                fn = Image.fromarray((pixels / (257 if wide else 1)).clip(0, 255).round().astype(np.uint8))
+            if fn.mode == 'F': raise ValueError('floating-point pixels, whose range nobody knows')
+            fn = fn.convert('RGB')
+        return super().create(fn, **kwargs)
 
 
 class FitSize(DisplayedTransform):
@@ -187,20 +204,6 @@ def decode_images(files: list[Path]) -> Tensor:
     return torch.cat(chunks).permute(0, 3, 1, 2)
 
 
-def data_block(dl_type: type = BatchDL, vocab: list[str] | None = None, **kwargs) -> DataBlock:
-    """The `DataBlock` of this project, but for where its images come from; `vocab` are the classes, if known."""
-    return DataBlock(blocks=(ImageBlock, CategoryBlock(vocab=vocab)), dl_type=dl_type,
-                     item_tfms=[FitSize(), PadCrop(4), FlipLR(), Cutout(8)],
-                     batch_tfms=Normalize.from_stats(*cifar_stats), **kwargs)
-
-
-def get_empty_dls(vocab: list[str], device: torch.device | None = None) -> DataLoaders:
-    """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
-    blank = PILImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
-    block = data_block(vocab=vocab, get_y=AttrGetter('label', vocab[0]), splitter=lambda _: ([0], [1]))
-    return block.dataloaders([blank, blank], num_workers=0, device=device).new_empty()
-
-
 def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_workers: int | None = None,
             device: torch.device | None = None, every: int = 1) -> DataLoaders:
     """`DataLoaders` of the folder `path` (see `image_files`), as a `DataBlock` builds them.
@@ -214,11 +217,15 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
     def get_items(path):
         return L(files[::every] for files in groupby(image_files(path), lambda f: f.parent).values()).concat()
 
-    block = data_block(TfmdDL if stock_loader else BatchDL, get_items=get_items, get_y=parent_label,
-                       splitter=GrandparentSplitter(train_name='train', valid_name='test'))
+    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=get_items, get_y=parent_label,
+                      splitter=GrandparentSplitter(train_name='train', valid_name='test'),
+                      item_tfms=[FitSize(), PadCrop(4), FlipLR(), Cutout(8)],
+                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=TfmdDL if stock_loader else BatchDL)
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers if stock_loader else 0, device=device)
     if len(dls.train) == 0:
-        raise InputError(f'{path} has {len(dls.train_ds)} training images, fewer than one batch of {bs}; lower --bs')
+        share = f', taking one in {every}' if every > 1 else ''
+        raise InputError(f'{path} has {len(dls.train_ds)} training images{share}, fewer than one batch of {bs}; '
+                         'lower --bs')
     class_index = dls.vocab.o2i
     for ds in (dls.train_ds, dls.valid_ds):
         images = decode_images(ds.items)  # with the stock loader just a check: better now than in mid-training
@@ -226,6 +233,15 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
         ds.images = images.to(dls.device)
         ds.labels = tensor([class_index[f.parent.name] for f in ds.items]).to(dls.device)
     return dls
+
+
+def get_empty_dls(vocab: list[str]) -> DataLoaders:
+    """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
+    with tempfile.TemporaryDirectory() as folder:
+        for split, name in itertools.product(('train', 'test'), vocab):
+            (Path(folder)/split/name).mkdir(parents=True)
+            Image.new('RGB', (SIZE, SIZE)).save(Path(folder)/split/name/'blank.png')
+        return get_dls(folder, bs=1).new_empty()
 
 
 def fingerprint(dls: DataLoaders) -> str:

@@ -29,11 +29,10 @@ def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     fig, (top, bottom) = plt.subplots(2, figsize=(8, 6), sharex=True, layout='constrained', height_ratios=(2, 1))
     top.plot(batch, lr, color='black')
     peak = int(np.argmax(lr))
-    for at, name, offset in ((0, 'start', (14, 2)), (peak, 'peak', (0, 9)), (len(lr) - 1, 'end', (0, 56))):
-        top.plot(batch[at], lr[at], 'o', color=MARK)
-        top.annotate(f'{name}: {lr[at]:.2e}, epoch {at / batches_per_epoch:.3g}', (batch[at], lr[at]), offset,
-                     textcoords='offset points', color=MARK, arrowprops=dict(arrowstyle='-', color=MARK, alpha=0.4),
-                     ha=dict(start='left', peak='center', end='right')[name])
+    for at, name, marker in ((0, 'start', '>'), (peak, 'peak', '^'), (len(lr) - 1, 'end', 's')):
+        label = f'{name}: {lr[at]:.2e}, epoch {at / batches_per_epoch:.3g}'
+        top.plot(batch[at], lr[at], marker, color=MARK, label=label)
+    top.legend(loc='upper right')
     top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
     epochs = top.secondary_xaxis('top', functions=(lambda b: b / batches_per_epoch, lambda e: e * batches_per_epoch))
     epochs.set_xlabel('epoch')
@@ -68,7 +67,8 @@ def history(rows: list[dict], target: float = 0.9) -> Figure:
 def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
     """The first `n` images of `rows`, as in misclassified.csv: those that the network got most wrong."""
     cols = 5
-    fig, axs = plt.subplots(-(-n // cols), cols, figsize=(11, 5.4), layout='constrained')
+    lines = -(-min(n, max(len(rows), 1)) // cols)
+    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.4 + 2.5 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax, row in zip(axs.flat, rows[:n], strict=False):
         ax.imshow(PILImage.create(folder/row['file']), interpolation='nearest')

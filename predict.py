@@ -7,21 +7,21 @@
 
 From Python, `learn = load_run('runs/X')` is a fastai `Learner` with the run's weights.
 """
-import warnings
+import errors
 
-warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
+if __name__ == '__main__': errors.end_quietly_while_importing('predict.py')
 
 import json
-import sys
+import unicodedata
 from pathlib import Path
 
 from fastai.vision.all import *
-from PIL import ImageOps
 
 from callbacks import confusion_matrix, load_state
-from data import FitSize, InputError, get_empty_dls
-from report import class_accuracies, most_confused
-from train_fastai import get_learner, load_data, one_line_errors
+from data import FitSize, RGBImage, check_access, fingerprint, get_empty_dls
+from errors import InputError, one_line_errors
+from report import class_accuracies, most_confused, percent
+from train_fastai import get_learner, load_data
 
 
 def load_run(run: str | Path, with_data: bool = True) -> Learner:
@@ -31,28 +31,31 @@ def load_run(run: str | Path, with_data: bool = True) -> Learner:
     which is enough to predict. Raises `InputError`.
     """
     run = Path(run)
-    if not (run/'model.pth').exists(): raise InputError(f'{run} is no folder of a finished run: it has no model.pth')
+    if not os.path.exists(run/'model.pth'):
+        raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
     try:
-        metrics = json.loads((run/'metrics.json').read_text())
-        classes, options = list(metrics['classes']), dict(metrics['options'])
+        m = json.loads((run/'metrics.json').read_text())
+        classes, digest, precision = list(m['classes']), m['data_sha256'], m['precision']
+        options = {k: m['options'][k] for k in ('data', 'bs', 'stock_loader', 'taste')}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
     weights = load_state(run/'model.pth')
-    data = Path(options['data'] or fastai_path('data')/'cifar10')
-    dls = load_data(options) if with_data and data.is_dir() else get_empty_dls(classes)
-    if list(dls.vocab) != classes: raise InputError(f'{data} has other classes than the run in {run}')
-    learn = get_learner(dls, path=run)
+    data = options['data'] or fastai_path('data')/'cifar10'
+    if with_data and os.path.isdir(data):
+        dls = load_data(options)
+        if fingerprint(dls) != digest:
+            raise InputError(f'{data} holds other images than {run} was trained on; load_run(…, with_data=False) does '
+                             'without them')
+    else: dls = get_empty_dls(classes)
+    learn = get_learner(dls, 'fp32' if precision == 'fp32' else 'auto', path=run)
     try: learn.model.load_state_dict(weights)
     except RuntimeError as e: raise InputError(f'{run/"model.pth"} does not hold the weights of this network') from e
     return learn
 
 
 def read_image(file: Path) -> Tensor:
-    """An image file of any size and mode, upright, as the network wants it: (3, 32, 32) uint8. Raises `InputError`."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype('uint8'))
-        return image2tensor(FitSize()(PILImage(image.convert('RGB'))))
+    """An image file of any size and mode as the network wants it: (3, 32, 32) uint8. Raises `InputError`."""
+    try: return image2tensor(FitSize()(RGBImage.create(file)))
     except Exception as e:  # Pillow's many kinds
         raise InputError(f'{file} cannot be read as an image ({" ".join(str(e).split()) or type(e).__name__})') from e
 
@@ -71,21 +74,23 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
     Raises `InputError`.
     """
     files = []
-    for path in map(Path, paths):
-        if not path.exists(): raise InputError(f'{path} does not exist')
-        if path.is_file():
+    for path in paths:
+        if not os.path.exists(path): raise InputError(f'"{path}" does not exist')
+        path = Path(path)
+        if not path.is_dir():
             files.append(path)
             continue
-        here = get_image_files(path, recurse=False).sorted()
-        files += here
-        if here: continue
-        labelled = get_image_files(path).sorted()
-        if not labelled: raise InputError(f'{path} holds no images')
+        for folder in (path, *(o for o in path.iterdir() if o.is_dir())): check_access(folder)
+        here, below = get_image_files(path, recurse=False).sorted(), get_image_files(path).sorted()
+        if not below: raise InputError(f'{path} holds no images')
+        if len(here) == len(below):
+            files += here
+            continue
         if len(paths) > 1: raise InputError(f'{path} has sub-folders: to evaluate it, give it alone')
-        for file in labelled:
+        for file in below:
             if file.parent.parent != path or file.parent.name not in vocab:
                 raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}')
-        return list(labelled), [vocab.index(f.parent.name) for f in labelled]
+        return list(below), [vocab.index(f.parent.name) for f in below]
     if not files: raise InputError('no image was given')
     return files, None
 
@@ -96,7 +101,7 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
     table = pd.DataFrame(dict(file=[str(f) for f in files]))
     for i, suffix in enumerate(('', '_2', '_3')[:top.indices.shape[1]]):
         table['class' + suffix] = [vocab[j] for j in top.indices[:, i]]
-        table['probability' + suffix] = top.values[:, i].numpy()
+        table['probability' + suffix] = top.values[:, i].tolist()
     return table
 
 
@@ -110,11 +115,21 @@ def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[
              f'accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   '
              '(mean of the log-probabilities of image and mirror image)', '',
              f'{"class":{width}}  images   found  right when named']
-    lines += [f'{c:{width}}  {n:6,}  {found:6.1%}  {right:16.1%}'
+    lines += [f'{c:{width}}  {n:6,}  {percent(found):>6}  {percent(right):>16}'
               for c, (n, found, right) in class_accuracies(counts, vocab).items()]
     lines += ['', 'most confused (actual → predicted, images)']
     lines += [f'{actual} → {predicted}  {n}' for actual, predicted, n in most_confused(counts, vocab)] or ['nothing']
     return '\n'.join(lines)
+
+
+def aligned(table: pd.DataFrame) -> str:
+    """The rows of `table`, a line each, in columns."""
+    def shown(o): return f'{o:.1%}' if isinstance(o, float) else ''.join(c if c.isprintable() else '?' for c in o)
+    def width(text): return sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
+    columns = [[name, *map(shown, table[name])] for name in table]
+    widths = [max(map(width, column)) for column in columns]
+    return '\n'.join('  '.join(o + ' ' * (w - width(o)) for o, w in zip(row, widths, strict=True)).rstrip()
+                     for row in zip(*columns, strict=True))
 
 
 @call_parse
@@ -135,6 +150,4 @@ def main(
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
         table.to_csv(sys.stdout, index=False)
     elif targets: print(evaluation(log_probs, get_log_probs(learn, pixels.flip(-1)), tensor(targets), vocab))
-    else:
-        left = {k: f'{{:{max(map(len, (k, *v)))}}}'.format for k, v in table.select_dtypes(object).items()}
-        print(table.to_string(index=False, justify='left', formatters=left, float_format='{:.1%}'.format))
+    else: print(aligned(table))

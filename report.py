@@ -1,4 +1,5 @@
 """Numbers into words: the tables of an evaluation and the report of a run."""
+import math
 import re
 
 from torch import Tensor
@@ -20,11 +21,15 @@ TASTE = """
 def class_accuracies(counts: Tensor, vocab: list[str]) -> dict[str, tuple[int, float, float]]:
     """For each class its images, the share of them found (accuracy, or recall) and of its predictions that are right.
 
-    `counts` is a confusion matrix, (classes, classes) int64. A share of nothing is 0.
+    `counts` is a confusion matrix, (classes, classes) int64. A share of nothing is NaN.
     """
-    right = counts.diag()
-    return {c: (n.item(), (r / max(n, 1)).item(), (r / max(p, 1)).item())
-            for c, r, n, p in zip(vocab, right, counts.sum(1), counts.sum(0), strict=True)}
+    return {c: (n.item(), (right / n).item(), (right / named).item())
+            for c, right, n, named in zip(vocab, counts.diag(), counts.sum(1), counts.sum(0), strict=True)}
+
+
+def percent(share: float) -> str:
+    """`share` as 92.7%, and a dash for NaN."""
+    return '–' if math.isnan(share) else f'{share:.1%}'
 
 
 def most_confused(counts: Tensor, vocab: list[str], n: int = 10) -> list[tuple[str, str, int]]:
@@ -59,13 +64,13 @@ def run_report(m: dict, command: str, history: list[dict], schedule: list[dict],
     schedule.csv and misclassified.csv, `counts` is the confusion matrix.
     """
     o, vocab, one, last = m['options'], m['classes'], history[0], history[-1]
-    lr_min, lr_max, lr_end = rate(m['lr_min']), rate(m['lr_max']), rate(m['lr_min'] / o['final_div'])
-    peak, per_epoch = max(schedule, key=lambda row: row['lr'])['batch'], len(schedule) // m['epochs']
+    peak, per_epoch = max(schedule, key=lambda row: row['lr']), len(schedule) // m['epochs']
+    start, top, end = rate(schedule[0]['lr']), rate(peak['lr']), rate(schedule[-1]['lr'])
     finder, over = not o['lr_min'], m['first_epoch_over_90']
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
     confused = ', '.join(f'{escaped(a)} → {escaped(p)} ({k})' for a, p, k in most_confused(counts, vocab, 3))
 
-    numbers = table('| | this run | reference solution |\n|---|--:|--:|', [
+    numbers = table('| | this run | reference solution, CIFAR-10 |\n|---|--:|--:|', [
         ('parameters', f'{m["parameters"]:,}', f'{REFERENCE["parameters"]:,}'),
         ('training accuracy, last epoch', f'{m["train_accuracy"]:.2%}', f'{REFERENCE["train_accuracy"]:.2%}'),
         ('test accuracy, last epoch', f'{m["test_accuracy"]:.2%}', f'{REFERENCE["test_accuracy"]:.2%}'),
@@ -77,20 +82,21 @@ def run_report(m: dict, command: str, history: list[dict], schedule: list[dict],
         ('optimizer', 'Adam', 'Adam, decoupled weight decay 0.01 (none on batch norm and biases)'),
         ('epochs', 24, m['epochs']),
         ('batch size', 512, m['batch_size']),
-        ('LRMIN, LRMAX', 'by the LR finder', f'{lr_min}, {lr_max}, {"by `learn.lr_find`" if finder else "by hand"}'),
+        ('LRMIN, LRMAX', 'by the LR finder',
+         f'{rate(m["lr_min"])}, {rate(m["lr_max"])}, {"by `learn.lr_find`" if finder else "by hand"}'),
         ('one cycle', 'LRMIN → LRMAX at epoch 5 of 24 → LRMIN',
-         f'{lr_min} → {lr_max} at epoch {(peak - 1) / per_epoch:.3g} of {m["epochs"]} → {lr_end}'),
+         f'{start} → {top} at epoch {(peak["batch"] - 1) / per_epoch:.3g} of {m["epochs"]} → {end}'),
         ('augmentation', 'pad 4, random crop 32×32, flip left-right, cutout 8×8', 'the same, training images only'),
         ('training images', '50,000', f'{m["train_images"]:,}'),
         ('test images', '10,000', f'{m["test_images"]:,}'),
         ('test accuracy', '90%', f'{m["test_accuracy"]:.2%}')])
     classes = table('| class | images | found (accuracy) | right when named |\n|---|--:|--:|--:|', [
-        (escaped(c), f'{n:,}', f'{found:.1%}', f'{right:.1%}')
+        (escaped(c), f'{n:,}', percent(found), percent(right))
         for c, (n, found, right) in class_accuracies(counts, vocab).items()])
 
-    return f'''# A ResNet on CIFAR-10 that finds its own learning rates
+    return f'''# A ResNet that finds its own learning rates
 {TASTE if o['taste'] else ''}
-After {m['epochs']} epochs the network names {m['test_accuracy']:.2%} of {m['test_images']:,} test images correctly.
+After epoch {m['epochs']} the network names {m['test_accuracy']:.2%} of {m['test_images']:,} test images correctly.
 90% were asked, {f'and passed for the first time after epoch {over}' if over else 'and not reached'}.
 
 {numbers}
@@ -103,8 +109,8 @@ After {m['epochs']} epochs the network names {m['test_accuracy']:.2%} of {m['tes
 {FINDER if finder else ''}
 ![Learning rate and momentum of every training batch](schedule.png)
 
-*One cycle: the rate rises from {lr_min} to {lr_max}, its peak at training batch {peak:,} of {len(schedule):,},
-and falls to {lr_end}{', where it started: no annihilation' if o['final_div'] == 1 else ''}.
+*One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
+and falls to {end}{', where it started: no annihilation' if o['final_div'] == 1 else ''}.
 Momentum goes the other way.*
 
 ## Training
@@ -131,11 +137,11 @@ in [history.csv](history.csv).*
 
 ![Ten misclassified test images](misclassified.png)
 
-*The ten with the largest loss: the network is sure, and wrong.*
+*Those with the largest loss: the less probable the network holds the actual class, the larger it is.*
 
 ![The largest losses, as fastai shows them](top_losses.png)
 
-*fastai's view of the same: prediction, actual class, loss, and the probability of the prediction.*
+*fastai's view of the largest losses: prediction, actual class, loss, and the probability of the prediction.*
 
 ## What it saw
 

@@ -6,16 +6,15 @@
 
 Its one published run (docs/cifar10: seed 42, bfloat16 on two cores of an AMD EPYC) ended at 92.73 % test accuracy.
 """
-import warnings
+import errors
 
-warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
+if __name__ == '__main__': errors.end_quietly_while_importing('train_fastai.py')
 
 import contextlib
 import ctypes
 import json
 import platform
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -45,18 +44,14 @@ from callbacks import (
     save_state,
     write_whole,
 )
-from data import SHOW_PROGRESS, InputError, fingerprint, get_data, get_dls
+from data import SHOW_PROGRESS, fingerprint, get_data, get_dls
+from errors import InputError, RunError, one_line_errors
 from report import run_report
 
 try: import fcntl  # isort: skip
 except ImportError: fcntl = None  # Windows has no such locks
 
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
-TASTE = dict(epochs=4, bs=64)  # what --taste takes for defaults, of a tenth of the images
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; the message is one line."""
 
 
 def weight_decay_groups(model: nn.Module, wd: float = 0.01) -> list[dict]:
@@ -146,10 +141,11 @@ def run_to_resume(out: Path, options: dict) -> dict:
     """The checkpoint of the run in `out`. Raises `InputError` where `options` given contradict the run's own."""
     if (out/'model.pth').exists(): raise InputError(f'--resume {out}: this run is finished, nothing is left to do')
     try: state = load_state(out/Checkpoint.file)
-    except InputError as e: raise InputError(f'--resume {out}: {e}') from e
+    except InputError as e: raise InputError(f'--resume {out}: {e}; start a run without --resume') from e
     if 'epochs_done' not in state: raise InputError(f'--resume {out}: {Checkpoint.file} is not of this program')
     for k, v in given_options(options).items():
-        if k not in ('data', 'out') and v != state['options'].get(k):  # which may have moved; the data are compared
+        if k == 'out': raise InputError('--out and --resume name two folders; leave one of them out')
+        if k != 'data' and v != state['options'].get(k):  # the data may have moved, and are compared
             raise InputError(f'--{k.replace("_", "-")} {v} contradicts the run in {out}, '
                               f'which has {state["options"].get(k)}; leave it out')
     return state
@@ -157,16 +153,16 @@ def run_to_resume(out: Path, options: dict) -> dict:
 
 def check_out(out: Path):
     """Raises `InputError` if `out` is no place for a new run."""
-    if out.exists() and not out.is_dir(): raise InputError(f'--out {out} is a file, not a folder')
-    if any((out/name).exists() for name in (Checkpoint.file, 'metrics.json', 'model.pth')):
+    if os.path.isfile(out): raise InputError(f'--out {out} is a file, not a folder')
+    if any(os.path.exists(out/name) for name in (Checkpoint.file, 'metrics.json', 'model.pth')):
         raise InputError(f'--out {out} already holds a run; choose another folder, or go on with --resume {out}')
 
 
 @contextlib.contextmanager
-def locked(out: Path):
-    """Makes the folder `out` and locks it: of two runs started at once, one is refused. Raises `InputError`."""
+def locked(out: Path, new: bool):
+    """Locks the folder `out`, and makes a `new` one: of two runs at once, one is refused. Raises `InputError`."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if new: out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out, os.O_RDONLY) if fcntl else None
         if fcntl: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         tempfile.TemporaryFile(dir=out).close()  # can it be written to?
@@ -197,9 +193,9 @@ def save_training_figures(learn: Learner):
 
 
 def command_line(options: dict) -> str:
-    """The command that starts a run with `options`."""
+    """The command that starts a run with `options`, in a new folder."""
     command = ['python', 'train_fastai.py']
-    for k, v in other_than_default(options).items():
+    for k, v in other_than_default(options | dict(out=None)).items():
         command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
     return shlex.join(command)
 
@@ -230,8 +226,9 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-    checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision,
-                                 data=state['data'] if state else fingerprint(dls)), start, state)
+    data = state['data'] if state else fingerprint(dls)
+    checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision, data=data), start,
+                            state)
     div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
     try:
         learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START, cbs=checkpoint)
@@ -256,7 +253,7 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         **{k: rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
         first_epoch_over_90=first(row['epoch'] for row in rows if row['test_accuracy'] > 0.9),
         seconds_training=learn.history.seconds_training, seconds_total=checkpoint.seconds_total(),
-        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), classes=list(dls.vocab),
+        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), classes=list(dls.vocab), data_sha256=data,
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         options=vars(o))
     write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
@@ -279,30 +276,11 @@ def told_how_to_go_on(out: Path):
         if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
         culprit = f'{e.filename}: {e.strerror}' if e.filename else ' '.join(str(e).split())
         raise RunError(f'{culprit}; once that is mended, {go_on}') from e
-
-
-@contextlib.contextmanager
-def one_line_errors(program: str = 'train_fastai.py'):
-    """Ends `program` with one line: exit code 2 for bad input, 1 for a run that failed, 130 or 143 for a signal."""
-    try: yield
-    except InputError as e: message, code = f'error: {e}', 2
-    except RunError as e: message, code = f'error: {e}', 1
-    except torch.OutOfMemoryError: message, code = 'error: the GPU is out of memory; lower --bs', 1
-    except KeyboardInterrupt as e:
-        code, message = e.args if len(e.args) == 2 else (130, 'nothing was begun')
-        message = f'interrupted; {message}'
-    else: return
-    print(f'{program}: {message}', file=sys.stderr)
-    sys.exit(code)
-
-
-def terminate(*_):
-    """SIGTERM as an interruption with its own exit code."""
-    raise KeyboardInterrupt(143)
+    except torch.OutOfMemoryError as e: raise RunError('the GPU is out of memory; lower --bs') from e
 
 
 @call_parse
-@one_line_errors()
+@one_line_errors('train_fastai.py')
 def main(
     data: str = None,  # folder with train/<class>/ and test/<class>/ images, 32×32; fastai's CIFAR-10 if left out
     out: str = None,  # folder for the run's results; runs/<date-time> if left out
@@ -313,7 +291,7 @@ def main(
     lr_max: float = None,  # learning rate at the peak; with --lr-min, instead of the LR finder
     final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto takes what the hardware is made for
-    taste: bool = False,  # a first look within two minutes: a tenth of the images, 4 epochs, batches of 64
+    taste: bool = False,  # a first look within two minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
     stock_loader: bool = False,  # fastai's own loader, item by item: the same images, slower
     resume: str = None,  # folder of an interrupted run to go on with, under its own options
 ):
@@ -322,25 +300,27 @@ def main(
     data, out = data and str(data), out and str(out)
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
                    final_div=final_div, precision=precision, taste=taste, stock_loader=stock_loader)
-    if is_cli(): signal.signal(signal.SIGTERM, terminate)
-    if resume is not None:
-        out = Path(resume)
-        state = run_to_resume(out, options)
-        options, precision = state['options'] | (dict(data=data) if data else {}), state['precision']
-    else:
-        out, state = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S')), None
-        if taste: options |= TASTE | given_options(options)
-        check_options(**options)
-        check_out(out)
-    o = SimpleNamespace(**options)
+    if taste: options |= dict(epochs=min(epochs, 4), bs=min(bs, 64))
+    out = Path(resume or out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S'))
 
-    with told_how_to_go_on(out):
+    with told_how_to_go_on(out), contextlib.ExitStack() as lock:
+        if resume is None:
+            check_options(**options)
+            check_out(out)
+            state = None
+        else:
+            lock.enter_context(locked(out, new=False))  # else its checkpoint could be an old one when it goes on
+            state = run_to_resume(out, options)
+            options, precision = state['options'] | (dict(data=data) if data else {}), state['precision']
+        o = SimpleNamespace(**options)
+
         print('Reading the images …', flush=True)
         dls = load_data(options)
         if state and state['data'] != fingerprint(dls):
             raise InputError(f'{dls.path} holds other images than the run in {out} was trained on')
-        if o.data: o.data = str(Path(o.data).absolute())  # a run is gone on with from anywhere
+        if o.data: o.data = str(Path(o.data).absolute())  # a run can be gone on with from anywhere
         learn = get_learner(dls, precision, o.seed, path=out)
-        with locked(out):
-            if not state: check_out(out)  # another run may have come first
-            experiment(learn, o, state, start)
+        if not state:
+            lock.enter_context(locked(out, new=True))
+            check_out(out)  # another run may have come first
+        experiment(learn, o, state, start)

@@ -155,6 +155,7 @@ def test_a_second_fit_goes_on_with_new_randomness(dls, tmp_path):
     for _ in range(2): learn.fit(1, 0., cbs=(spy := Spy()))
     learn.lr_find(num_it=6, show_plot=False)
     learn.fit(1, 0., cbs=Spy())
+    assert [row['epoch'] for row in learn.history.rows] == [1, 2, 3]
     whole = get_learner(dls, 'fp32', path=tmp_path)
     first, Spy.labels = [*spy.labels], []
     whole.fit(3, 0., cbs=Spy())

@@ -80,6 +80,7 @@ def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
         assert image.get_interpolation() == 'nearest'
         assert ax.title.get_parse_math() is False
     assert 'worst of 3' in fig.get_suptitle()
+    assert len(fig.axes) == 5, 'an empty line'
 
 
 def test_confusion_matrix_says_every_number_in_text():

@@ -2,13 +2,16 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ends, make_folder
+from conftest import ROOT, ends, make_folder
 from fastai.vision.all import ClassificationInterpretation, PILImage
 from PIL import Image
 
@@ -169,16 +172,45 @@ def test_a_photograph_is_turned_upright(tmp_path):
     assert read_image(tmp_path/'x.png')[:, -1].min() == 255
 
 
-def test_learn_predict_takes_other_sizes_as_the_command_does(run, tmp_path, capsys):
+def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (90, 50, 3), 'uint8')
-    Image.fromarray(pixels).save(tmp_path/'x.png')
-    table = read_csv(capsys, run, tmp_path/'x.png')
-    name, _, probabilities = load_run(run).predict(tmp_path/'x.png')
-    assert table['class'][0] == name
-    assert table.probability[0] == pytest.approx(probabilities.max().item(), rel=0.02)
-    assert load_run(run).predict(PILImage.create(pixels))[0] == name
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path/'x.png', exif=exif)
+    save_as('I;16', pixels, tmp_path/'y.png')
+    table = read_csv(capsys, run, tmp_path)
+    learn = load_run(run, with_data=False)
+    for row in table.itertuples():
+        name, _, probabilities = learn.predict(row.file)
+        assert row[2] == name
+        assert row.probability == pytest.approx(probabilities.max().item(), rel=1e-3)
+    assert learn.predict(PILImage.create(pixels))[0] in learn.dls.vocab
 
 
+def test_a_learner_without_images_does_what_one_can_without(run, data):
+    learn = load_run(run, with_data=False)
+    learn.validate()
+    files = sorted((data/'test').rglob('*.png'))
+    preds, targets = learn.get_preds(dl=learn.dls.test_dl(files, with_labels=True))
+    assert [learn.dls.vocab[i] for i in targets] == [f.parent.name for f in files]
+    torch.testing.assert_close(preds, load_run(run).get_preds()[0])
+
+
+@pytest.mark.parametrize(('pixels', 'expected'), [
+    (np.full((32, 32), 200, 'int32'), 200), (np.full((32, 32), 200 * 257, 'int32'), 200),
+    (np.full((32, 32), 200 * 257, 'uint16'), 200), (np.full((32, 32), 200, 'uint16'), 1)])
+def test_wide_pixels(tmp_path, pixels, expected):
+    Image.fromarray(pixels).save(tmp_path/'x.tif')
+    assert (read_image(tmp_path/'x.tif') == expected).all()
+
+
+def test_columns_of_any_letters_are_aligned():
+    table = pd.DataFrame(dict(file=['猫.png', 'a\nb.png', 'long name.png'], probability=[0.5, 1., 0.25]))
+    assert predict.aligned(table).splitlines() == [
+        'file           probability', '猫.png         50.0%', 'a?b.png        100.0%', 'long name.png  25.0%']
+
+
+def floating_point(tmp_path): Image.fromarray(np.zeros((32, 32), 'float32')).save(tmp_path/'float.tif')
 def empty(tmp_path): (tmp_path/'empty').mkdir()
 def text(tmp_path): (tmp_path/'text.png').write_text('hello')
 def nothing(tmp_path): pass
@@ -190,11 +222,20 @@ def other_class(tmp_path):
         Image.new('RGB', (32, 32)).save(tmp_path/'eval'/c/'0.png')
 
 
+def stray_image(tmp_path):
+    (tmp_path/'eval/red').mkdir(parents=True)
+    for name in ('0.png', 'red/0.png'): Image.new('RGB', (32, 32)).save(tmp_path/'eval'/name)
+
+
 @pytest.mark.parametrize(('make', 'images', 'message'), [
-    (nothing, [], 'no image was given'), (nothing, ['none.png'], 'none.png does not exist'),
+    (nothing, [], 'no image was given'), (nothing, ['none.png'], '"none.png" does not exist'),
     (empty, ['empty'], 'empty holds no images'), (text, ['text.png'], 'text.png cannot be read as an image'),
     (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class'),
-    (other_class, ['eval', 'eval'], 'give it alone')], ids=lambda o: getattr(o, '__name__', None))
+    (stray_image, ['eval'], 'eval/0.png is not in a sub-folder with the name of a class'),
+    (floating_point, ['float.tif'], 'float.tif cannot be read as an image (floating-point'),
+    (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '"" does not exist'),
+    (nothing, ['x' * 300], 'does not exist'), (other_class, ['eval', 'eval'], 'give it alone')],
+    ids=lambda o: getattr(o, '__name__', None))
 def test_bad_images_are_one_line(run, tmp_path, capsys, monkeypatch, make, images, message):
     make(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -202,9 +243,27 @@ def test_bad_images_are_one_line(run, tmp_path, capsys, monkeypatch, make, image
     assert capsys.readouterr().out == ''
 
 
+def test_a_class_that_may_not_be_read_is_not_left_out(run, tmp_path, capsys, permissions_bind):
+    for c in ('red', 'blue'):
+        (tmp_path/'eval'/c).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(tmp_path/'eval'/c/'0.png')
+    (tmp_path/'eval/red').chmod(0)
+    assert 'eval/red cannot be read' in ends(capsys, 2, main, str(run), str(tmp_path/'eval'))
+    (tmp_path/'eval/red').chmod(0o755)
+
+
+def test_a_reader_that_leaves_is_no_traceback(run, data):
+    process = subprocess.Popen([sys.executable, str(ROOT/'predict.py'), str(run), str(data/'test'), '--csv'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert re.fullmatch(r'predict.py: error: .*Broken pipe\n', process.stderr.read())
+    assert process.wait() == 1
+
+
 def no_weights(run): (run/'model.pth').unlink()
 def no_metrics(run): (run/'metrics.json').unlink()
 def odd_metrics(run): (run/'metrics.json').write_text('[]')
+def no_options(run): (run/'metrics.json').write_text('{"classes": ["a", "b"], "options": {}}')
 def damaged(run): (run/'model.pth').write_bytes((run/'model.pth').read_bytes()[:1000])
 def foreign(run): torch.save(dict(a=torch.ones(3)), run/'model.pth')
 
@@ -218,7 +277,8 @@ def malicious_pickle(run): (run/'model.pth').write_bytes(pickle.dumps(Malicious(
 
 
 @pytest.mark.parametrize(('spoil', 'message'), [
-    (no_weights, 'is no folder of a finished run'), (no_metrics, 'metrics.json'), (odd_metrics, 'metrics.json'),
+    (no_weights, 'holds no finished run'), (no_metrics, 'metrics.json'), (odd_metrics, 'metrics.json'),
+    (no_options, 'metrics.json'),
     (damaged, 'model.pth is damaged'), (foreign, 'does not hold the weights of this network'),
     (malicious, 'it was not opened'), (malicious_pickle, 'model.pth is damaged')],
     ids=lambda o: getattr(o, '__name__', None))
@@ -232,7 +292,7 @@ def test_a_run_that_cannot_be_used_is_one_line_and_no_code_of_it_runs(run, data,
     assert not (tmp_path/'was here').exists()
 
 
-def test_other_classes_where_the_images_were(run, tmp_path):
+def test_other_images_where_the_images_were(run, tmp_path):
     other = tmp_path/'other'
     shutil.copytree(run, other)
     m = json.loads((other/'metrics.json').read_text())
@@ -240,4 +300,11 @@ def test_other_classes_where_the_images_were(run, tmp_path):
     for split in ('train', 'test'): (path/split/'red').rename(path/split/'pink')
     m['options']['data'] = str(path)
     (other/'metrics.json').write_text(json.dumps(m))
-    with pytest.raises(InputError, match='has other classes'): load_run(other)
+    with pytest.raises(InputError, match='holds other images'): load_run(other)
+    assert list(load_run(other, with_data=False).dls.vocab) == ['blue', 'green', 'red']
+
+
+def test_a_run_in_float32_is_loaded_in_float32(data, tmp_path):
+    train(data=data, out=tmp_path/'out', epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3, precision='fp32')
+    m = json.loads((tmp_path/'out/metrics.json').read_text())
+    assert load_run(tmp_path/'out').validate()[0] == pytest.approx(m['test_loss'], rel=1e-6)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ FILES = {'metrics.json', 'history.csv', 'schedule.csv', 'lr_find.csv', 'misclass
          'checkpoint.pth', 'model.pth', 'report.md'}
 METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
            'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
-           'test_images', 'versions', 'options'}
+           'test_images', 'classes', 'data_sha256', 'versions', 'options'}
 
 
 @pytest.fixture(scope='module')
@@ -218,7 +219,8 @@ def test_options_out_of_range(change, message):
     (dict(precision='fp16'), '--precision fp16 needs a CUDA GPU'),
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'data folder nowhere does not exist'),
-    (dict(resume='nowhere'), 'nowhere/checkpoint.pth does not exist'),
+    (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'), (dict(data=''), '--data is empty'),
+    (dict(resume='.'), 'checkpoint.pth does not exist; start a run without --resume'),
 ], ids=str)
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
     if torch.cuda.is_available(): monkeypatch.setattr(train_fastai, 'get_dls', lambda *a, **k: get_dls(*a, **k).cpu())
@@ -252,7 +254,9 @@ def test_of_two_runs_in_one_folder_at_once_one_refuses(folder, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(folder, tmp_path, capsys):
-    with locked(tmp_path): assert 'in use by another run' in ends(capsys, 2, start, folder=folder, out=tmp_path)
+    with locked(tmp_path, new=True):
+        assert 'in use by another run' in ends(capsys, 2, start, folder=folder, out=tmp_path)
+        assert 'in use by another run' in ends(capsys, 2, main, resume=tmp_path)
 
 
 @pytest.mark.parametrize('found', [(1e-2, 1e-3), (1e-3, 1e-3), (math.nan, 1e-3), (1e-4, math.nan)])
@@ -296,6 +300,7 @@ def test_ctrl_c_and_resume_end_like_the_run_that_was_left_alone(folder, whole, t
     assert len(pd.read_csv(out/'history.csv')) == 3
     assert (out/'history.png').exists()
     assert not (out/'model.pth').exists()
+    assert '--out and --resume' in ends(capsys, 2, main, resume=str(out), out=str(tmp_path/'elsewhere'))
     assert '--epochs 7 contradicts' in ends(capsys, 2, main, resume=str(out), epochs=7)
     other = make_folder(tmp_path/'other', seed=1)
     assert 'holds other images' in ends(capsys, 2, main, resume=str(out), data=str(other))
@@ -475,7 +480,27 @@ def test_paths_from_python_a_dollar_sign_and_a_models_folder(tmp_path):
     main(data=path, out=out, bs=8, epochs=1)
     assert (out/'model.pth').exists()
     assert (out/'models/rest').exists()
-    assert f'python train_fastai.py --data {path} --out {out} --epochs 1 --bs 8\n' in (out/'report.md').read_text()
+    assert f'python train_fastai.py --data {path} --epochs 1 --bs 8\n' in (out/'report.md').read_text()
+
+
+def test_a_taste_is_short_whatever_else_is_said_and_can_be_done_again(tmp_path, capsys):
+    path, out = make_folder(tmp_path/'d', train=41, test=11), tmp_path/'out'
+    assert 'has 15 training images, taking one in 10, fewer than one batch of 64' in ends(
+        capsys, 2, main, data=path, out=out, taste=True)
+    main(data=path, out=out, taste=True, bs=4, lr_min=1e-4, lr_max=1e-3)
+    m = json.loads((out/'metrics.json').read_text())
+    assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (4, 4, 15, 6)
+    assert f'--data {path} --epochs 4 --bs 4 --lr-min 0.0001 --lr-max 0.001 --taste\n' in (out/'report.md').read_text()
+    assert 'This is' in (printed := capsys.readouterr().out) or 'A taste' in printed
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_while_modules_are_imported(number, code):
+    process = subprocess.Popen(command('--help'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.communicate() == ('', 'train_fastai.py: interrupted\n')
+    assert process.returncode == code
 
 
 def test_the_stock_loader_trains_too(folder, tmp_path):
