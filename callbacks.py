@@ -179,7 +179,7 @@ def save_state(file: Path, state: dict):
     """`torch.save` by way of `write_whole`."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_whole(file, buffer.getbuffer())
+    with buffer.getbuffer() as content: write_whole(file, content)
 
 
 def load_state(file: Path) -> dict:
