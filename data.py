@@ -241,7 +241,7 @@ def get_empty_dls(vocab: list[str]) -> DataLoaders:
         for split, name in itertools.product(('train', 'test'), vocab):
             (Path(folder)/split/name).mkdir(parents=True)
             Image.new('RGB', (SIZE, SIZE)).save(Path(folder)/split/name/'blank.png')
-        return get_dls(folder, bs=1).new_empty()
+        return DataLoaders(*(dl.new(bs=512) for dl in get_dls(folder, bs=1).new_empty().loaders))
 
 
 def fingerprint(dls: DataLoaders) -> str:

@@ -105,23 +105,6 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
     return table
 
 
-def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """Accuracy of all and of each class, and what is confused; `flipped` are the mirror images' log-probabilities."""
-    def accuracy(p): return (p.argmax(1) == targets).float().mean()
-    counts = confusion_matrix(log_probs, targets)
-    width = max(map(len, (*vocab, 'class')))
-    lines = [f'{len(targets):,} images of {len(targets.unique())} classes',
-             f'accuracy                     {accuracy(log_probs):.2%}',
-             f'accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   '
-             '(mean of the log-probabilities of image and mirror image)', '',
-             f'{"class":{width}}  images   found  right when named']
-    lines += [f'{c:{width}}  {n:6,}  {percent(found):>6}  {percent(right):>16}'
-              for c, (n, found, right) in class_accuracies(counts, vocab).items()]
-    lines += ['', 'most confused (actual → predicted, images)']
-    lines += [f'{actual} → {predicted}  {n}' for actual, predicted, n in most_confused(counts, vocab)] or ['nothing']
-    return '\n'.join(lines)
-
-
 def aligned(table: pd.DataFrame) -> str:
     """The rows of `table`, a line each, in columns."""
     def shown(o): return f'{o:.1%}' if isinstance(o, float) else ''.join(c if c.isprintable() else '?' for c in o)
@@ -130,6 +113,22 @@ def aligned(table: pd.DataFrame) -> str:
     widths = [max(map(width, column)) for column in columns]
     return '\n'.join('  '.join(o + ' ' * (w - width(o)) for o, w in zip(row, widths, strict=True)).rstrip()
                      for row in zip(*columns, strict=True))
+
+
+def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
+    """Accuracy of all and of each class, and what is confused; `flipped` are the mirror images' log-probabilities."""
+    def accuracy(p): return (p.argmax(1) == targets).float().mean()
+    counts = confusion_matrix(log_probs, targets)
+    classes = [(c, f'{n:,}', percent(found), percent(right))
+               for c, (n, found, right) in class_accuracies(counts, vocab).items()]
+    confused = [(f'{actual} → {predicted}', f'{n:,}') for actual, predicted, n in most_confused(counts, vocab)]
+    return f'''{len(targets):,} images of {len(targets.unique())} classes
+accuracy                     {accuracy(log_probs):.2%}
+accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean log-probability of image and mirror)
+
+{aligned(pd.DataFrame(classes, columns=['class', 'images', 'found (accuracy)', 'right when named']))}
+
+{aligned(pd.DataFrame(confused, columns=['most confused: actual → predicted', 'images']))}'''
 
 
 @call_parse

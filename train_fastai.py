@@ -271,7 +271,7 @@ def told_how_to_go_on(out: Path):
     try: yield
     except (KeyboardInterrupt, OSError) as e:
         go_on = 'no epoch was finished, start anew'
-        if (out/Checkpoint.file).exists():
+        if os.path.exists(out/Checkpoint.file):
             go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
         if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
         culprit = f'{e.filename}: {e.strerror}' if e.filename else ' '.join(str(e).split())

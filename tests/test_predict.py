@@ -110,7 +110,7 @@ def test_evaluation_agrees_with_the_run_and_with_a_count_by_hand(run, data, caps
         assert [c, '6', f'{right[table.actual == c].mean():.1%}',
                 f'{right[named].mean() if named.any() else 0:.1%}'] in lines
     errors = table[~right].groupby(['actual', 'class']).size()
-    for (actual, predicted), n in errors.items(): assert f'{actual} → {predicted}  {n}' in text
+    for (actual, predicted), n in errors.items(): assert [actual, '→', predicted, str(n)] in lines
 
     learn = load_run(run)
     x = torch.cat([x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid])
@@ -123,8 +123,10 @@ def test_evaluation_agrees_with_the_run_and_with_a_count_by_hand(run, data, caps
 
 
 def test_flip_averaging_is_the_mean_of_log_probabilities():
-    log_probs, flipped = torch.tensor([[0.6, 0.4], [0.9, 0.1]]).log(), torch.tensor([[0.05, 0.95], [0.8, 0.2]]).log()
-    text = predict.evaluation(log_probs, flipped, torch.tensor([1, 0]), ['a', 'b'])
+    """The first image's mean probability is largest for class a, its mean log-probability for class b."""
+    log_probs = torch.tensor([[0.70, 0.28, 0.02], [0.9, 0.05, 0.05]]).log()
+    flipped = torch.tensor([[0.10, 0.36, 0.54], [0.8, 0.10, 0.10]]).log()
+    text = predict.evaluation(log_probs, flipped, torch.tensor([1, 0]), ['a', 'b', 'c'])
     assert text.splitlines()[1].split()[-1] == '50.00%'
     assert text.splitlines()[2].split()[3] == '100.00%'
 
@@ -190,6 +192,7 @@ def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
 def test_a_learner_without_images_does_what_one_can_without(run, data):
     learn = load_run(run, with_data=False)
     learn.validate()
+    assert learn.dls.valid.bs == 512
     files = sorted((data/'test').rglob('*.png'))
     preds, targets = learn.get_preds(dl=learn.dls.test_dl(files, with_labels=True))
     assert [learn.dls.vocab[i] for i in targets] == [f.parent.name for f in files]
