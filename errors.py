@@ -42,12 +42,10 @@ def one_line_errors(program: str):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, terminate)
         yield
-        sys.stdout.flush()
+        sys.stdout.flush()  # at the exit it would be too late to say that nobody reads on
     except InputError as e: message, code = f'error: {e}', 2
     except (RunError, OSError) as e: message, code = f'error: {e}', 1
     except KeyboardInterrupt as e: message, code = '; '.join(['interrupted', *map(str, e.args[1:])]), (*e.args, 130)[0]
     else: return
-    try: sys.stdout.flush()
-    except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try, and complain, once more
     print(f'{program}: {message}', file=sys.stderr)
     sys.exit(code)

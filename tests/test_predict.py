@@ -256,7 +256,8 @@ def test_a_class_that_may_not_be_read_is_not_left_out(run, tmp_path, capsys, per
 
 
 def test_a_reader_that_leaves_is_no_traceback(run, data):
-    process = subprocess.Popen([sys.executable, str(ROOT/'predict.py'), str(run), str(data/'test'), '--csv'],
+    images = 20 * list(map(str, (data/'test').rglob('*.png')))  # more than a pipe's buffer in Python
+    process = subprocess.Popen([sys.executable, str(ROOT/'predict.py'), str(run), *images, '--csv'],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert re.fullmatch(r'predict.py: error: .*Broken pipe\n', process.stderr.read())
