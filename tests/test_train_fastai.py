@@ -309,13 +309,17 @@ def test_ctrl_c_and_resume_end_like_the_run_that_was_left_alone(folder, whole, t
     assert 'this run is finished' in ends(capsys, 2, main, resume=str(out))
 
 
-def test_resume_on_the_command_line_knows_given_options_from_defaults(folder, tmp_path, capsys, monkeypatch):
+def test_resume_from_elsewhere_and_given_options_told_from_defaults(folder, whole, tmp_path, capsys, monkeypatch):
     out = tmp_path/'out'
-    disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
-    ends(capsys, 130, start, folder=folder, out=out)
+    with monkeypatch.context() as m:
+        m.chdir(folder.parent)
+        disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+        ends(capsys, 130, start, folder=folder.name, out=out)
     done = run_program('--resume', out, '--epochs', 24)
     assert done.returncode == 2
     assert f'--epochs 24 contradicts the run in {out}, which has 6' in done.stderr
+    main(resume=out)
+    assert differences(whole, out) == []
 
 
 @pytest.mark.parametrize(('error', 'code'), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, 'disk full'), 1)])
