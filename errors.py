@@ -36,13 +36,17 @@ def terminate(*_):
 
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """Ends `program` with one line: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal."""
+    """Ends `program` with one line: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
+
+    Only where nobody reads on, as behind `| head`, does it end in silence, with 141 as other programs do.
+    """
     try:
         if is_cli():
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, terminate)
         yield
         sys.stdout.flush()  # at the exit it would be too late to say that nobody reads on
+    except BrokenPipeError: sys.exit(141)
     except InputError as e: message, code = f'error: {e}', 2
     except (RunError, OSError) as e: message, code = f'error: {e}', 1
     except KeyboardInterrupt as e: message, code = '; '.join(['interrupted', *map(str, e.args[1:])]), (*e.args, 130)[0]
