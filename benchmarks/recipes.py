@@ -4,10 +4,12 @@
     python benchmarks/recipes.py ingredients --seeds 42,43   # judged by a tenth of the training images, held out for it
     python benchmarks/recipes.py schedule --seeds 42,43      # three ends of the one cycle, judged by the test set
 
-Each run is written to `runs/recipes/<table>/<arm>-<seed>.json` when it ends; what is there is not done again. The test
-set chooses nothing: an ingredient is chosen by the first table, and the second compares readings of the assignment.
+Each run is written to `runs/recipes/<table>/<arm>-<seed>.json` when it ends; what is there is not done again, and an
+interrupted run goes on from its last whole epoch. The test set chooses nothing: an ingredient is chosen by the first
+table, and the second compares readings of the assignment.
 """
 import json
+import shutil
 import sys
 import tempfile
 import warnings
@@ -20,7 +22,7 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from callbacks import write_whole
+from callbacks import Checkpoint, load_state, write_whole
 from data import get_data, get_dls
 from train_fastai import PCT_START, device_name, get_learner, weight_decay_groups
 
@@ -45,14 +47,24 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
 
 
 class WeightAverages(Callback):
-    """Keeps exponential moving averages of the weights and of batch norm's statistics: `models`, by their decay."""
+    """Keeps exponential moving averages of the weights and of batch norm's statistics: `models`, by their decay.
+
+    After each epoch they are put into `header`, which a checkpoint stores; they begin as the checkpoint `state` has them.
+    """
+    order = Checkpoint.order - 1
+
+    def __init__(self, header: dict, state: dict | None): self.header, self.state = header, state
 
     def before_fit(self):
         self.models = {d: AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(d), use_buffers=True)
                        for d in AVERAGES}
+        if self.state and self.state['epochs_done']:
+            for d, model in self.models.items(): model.load_state_dict(self.state['averages'][d])
 
     def after_step(self):
         for model in self.models.values(): model.update_parameters(self.model)
+
+    def after_epoch(self): self.header['averages'] = {d: model.state_dict() for d, model in self.models.items()}
 
 
 @torch.no_grad()
@@ -69,16 +81,18 @@ def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
     return dict(accuracy=plain / n, accuracy_flip=flips / n)
 
 
-def run(dls: DataLoaders, arm: dict, seed: int, epochs: int) -> dict:
-    """Trains once, with what `arm` changes; returns the arm and what came of it."""
+def run(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> dict:
+    """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it."""
     div = LR_MAX / LR_MIN
     recipe = dict(wd=0.01, label_smoothing=0., div_final=div) | arm
-    with tempfile.TemporaryDirectory() as folder:
-        learn = get_learner(dls, seed=seed, path=folder)
-        learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
-        learn.loss_func = CrossEntropyLossFlat(label_smoothing=recipe['label_smoothing'])
-        averages = WeightAverages()
-        learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START, cbs=averages)
+    learn = get_learner(dls, seed=seed, path=folder)
+    learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
+    learn.loss_func = CrossEntropyLossFlat(label_smoothing=recipe['label_smoothing'])
+    file = folder/Checkpoint.file
+    state = load_state(file) if file.exists() else None
+    averages = WeightAverages(header := {}, state)
+    learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
+                        cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
     return dict(recipe, seed=seed, epochs=epochs, lr_min=LR_MIN, lr_max=LR_MAX, train_images=len(dls.train_ds),
                 test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
                 **accuracies(learn, learn.model),
@@ -104,4 +118,8 @@ def main(
             file = out/f'{name}-{seed}.json'
             if file.exists(): continue
             print(file, flush=True)
-            write_whole(file, json.dumps(run(dls, arm, int(seed), epochs), indent=1).encode() + b'\n')
+            checkpoints = file.with_suffix('')
+            checkpoints.mkdir(exist_ok=True)
+            result = run(dls, arm, int(seed), epochs, checkpoints)
+            write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
+            shutil.rmtree(checkpoints)
