@@ -49,7 +49,7 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
 class WeightAverages(Callback):
     """Keeps exponential moving averages of the weights and of batch norm's statistics: `models`, by their decay.
 
-    After each epoch they are put into `header`, which a checkpoint stores; they begin as the checkpoint `state` has them.
+    After each epoch they are put into `header`, which a checkpoint stores; they begin as the checkpoint `state` has it.
     """
     order = Checkpoint.order - 1
 
