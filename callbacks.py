@@ -14,6 +14,13 @@ def is_training_run(learn: Learner) -> bool:
     return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
 
+class TrainingCallback(Callback):
+    """A callback that sees training runs only."""
+
+    def __call__(self, event_name: str):
+        if is_training_run(self.learn): super().__call__(event_name)
+
+
 class SeedEpochs(Callback):
     """All randomness of an epoch, shuffling and augmentation, follows from `seed` and the epoch's number alone.
 
@@ -33,7 +40,7 @@ class SeedEpochs(Callback):
         if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
 
 
-class History(Callback):
+class History(TrainingCallback):
     """Records the training run: `rows`, a dict an epoch, and `schedule`, the LR and momentum of every training batch.
 
     It also mends the recorder's log, and with it the printed table: epochs count from 1, and on through several fits,
@@ -44,8 +51,6 @@ class History(Callback):
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., AvgLoss()
-
-    def before_fit(self): self.run = is_training_run(self.learn)
 
     def before_epoch(self): self.start = time.perf_counter()
 
@@ -65,15 +70,6 @@ class History(Callback):
         row = [*self.recorder.log, time.perf_counter() - self.start]
         if len(row) == len(self.columns):  # a bare `learn.validate()` has no training half
             self.rows.append(dict(zip(self.columns, row, strict=True)))
-
-
-def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
-
-    `log_probs` (N, classes) float, `targets` (N,) int64.
-    """
-    n = log_probs.shape[1]
-    return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
 
 
 class FinalPredictions(Callback):
@@ -126,29 +122,30 @@ def best_precision(device: torch.device) -> str:
     return 'fp32'
 
 
-class StopOnNaN(TerminateOnNaNCallback):
+class StopOnNaN(TrainingCallback):
     """Ends the training run at a loss that is not finite; `where` then says at which batch, and else is None."""
+    order = Recorder.order - 1
     where = None
 
-    def before_fit(self): self.run, self.where = is_training_run(self.learn), None  # the finder's loss should diverge
+    def before_fit(self): self.where = None
 
     def after_batch(self):
-        if not torch.isfinite(self.loss):
-            if self.training: self.where = f'batch {self.iter + 1} of {self.n_iter} of epoch {self.epoch + 1}'
-            else: self.where = f'the test after epoch {self.epoch + 1}'
-        super().after_batch()
+        if torch.isfinite(self.loss): return
+        if self.training: self.where = f'batch {self.iter + 1} of {self.n_iter} of epoch {self.epoch + 1}'
+        else: self.where = f'the test after epoch {self.epoch + 1}'
+        raise CancelFitException
 
 
-class PlainLog(Callback):
+class PlainLog(TrainingCallback):
     """In place of fastai's progress bars where there is no terminal: the same table as aligned plain lines."""
     order = ProgressCallback.order
 
     def before_fit(self):
-        if self.learn.logger == noop or not is_training_run(self.learn): return
+        if self.learn.logger == noop: return  # no_logging
         self.learn.logger = self.write
         self.write(name.replace('valid', 'test') for name in self.recorder.metric_names)
 
-    def write(self, row):
+    def write(self, row: Iterable):
         print('  '.join((f'{o:.6f}' if isinstance(o, float) else str(o)).ljust(14) for o in row).rstrip(), flush=True)
 
 
@@ -213,7 +210,7 @@ class Checkpoint(Callback):
     """Saves the run before its first and after every epoch to the learner's folder, or goes on from `state`.
 
     Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. `header` is stored as is; `start`
-    is when the process began, by `time.perf_counter()`.
+    is when the program began its work, by `time.perf_counter()`.
     """
     order = History.order + 1
     file = 'checkpoint.pth'

@@ -7,7 +7,7 @@ from fastai.vision.all import *
 from PIL import ImageOps
 from torchvision.io import ImageReadMode, decode_image
 
-from errors import InputError
+from errors import InputError, one_line
 
 SIZE = 32
 CIFAR_IMAGES = 60_000
@@ -19,23 +19,30 @@ def get_data(path: str | Path | None = None) -> Path:
     """The data folder: `path`, or CIFAR-10 as fastai's `untar_data` finds or downloads it. Raises `InputError`."""
     if path == '': raise InputError('--data is empty; give a folder, or leave it out')
     if path is not None: return Path(path)
+    archive = fastai_path('archive')/'cifar10.tgz'
     try:
         with contextlib.nullcontext() if SHOW_PROGRESS else contextlib.redirect_stdout(None):
             path = untar_data(URLs.CIFAR)
     except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib many kinds of OSError
-        URLs.path(URLs.CIFAR).unlink(missing_ok=True)  # which untar_data would take for good the next time
-        raise InputError(f'CIFAR-10 could not be downloaded ({" ".join(str(e).split()) or type(e).__name__}); '
-                         'check the network, or pass a folder that holds it: --data DIR') from e
+        if not getattr(e, 'errno', None): archive.unlink(missing_ok=True)  # else untar_data would try it for ever
+        raise InputError(f'CIFAR-10 could not be downloaded and unpacked ({one_line(e)}); '
+                         'check network and disk, or pass a folder that holds it: --data DIR') from e
     if (n := len(get_image_files(path))) != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking cut short
-        raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it, and '
-                         f'{URLs.path(URLs.CIFAR)} if there is one, and CIFAR-10 is downloaded anew')
+        raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it, and {archive} '
+                         'if there is one, and CIFAR-10 is downloaded anew')
     return path
 
 
 def check_access(folder: Path):
-    """Raises `InputError` if the files of `folder` cannot be read."""
+    """Raises `InputError` if `folder` cannot be listed and entered."""
     try: os.scandir(os.path.join(folder, '.')).close()  # '.' is found only by those who may enter
     except OSError as e: raise InputError(f'{folder} cannot be read ({e.strerror})') from e
+
+
+def check_names(files: Sequence[Path]):
+    """Raises `InputError` for the first file whose name tables and messages could not show."""
+    for f in files:
+        if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} is a name that cannot be printed; change it')
 
 
 def image_files(path: str | Path) -> L:
@@ -63,8 +70,7 @@ def image_files(path: str | Path) -> L:
         for c in sorted(classes[split]):
             check_access(path/split/c)
             if not counts[path/split/c]: raise InputError(f'class folder {path/split/c} holds no images')
-    for f in files:
-        if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} is a name that cannot be printed; change it')
+    check_names(files)
     return files
 
 
@@ -175,12 +181,12 @@ class BatchDL(TfmdDL):
 
 def decode_image_file(file: Path) -> Tensor:
     """The image in `file` as RGB: (3, 32, 32) uint8. Raises `InputError`."""
-    try: image = decode_image(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError, OSError):  # torchvision is fast; Pillow knows more formats and explains itself
-        try: image = image2tensor(PILImage.create(file))
-        except Exception as e: raise InputError(f'{file} cannot be read as an image ({e})') from e
-    if image.dtype != torch.uint8 or image.ndim != 3:
-        raise InputError(f'{file} is not a single image of 8 bits a channel; convert or remove it')
+    try: image = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, ValueError, OSError): image = None
+    if image is None or image.dtype != torch.uint8:  # torchvision is fast; Pillow knows more kinds and explains itself
+        try: image = image2tensor(RGBImage.create(file))
+        except Exception as e: raise InputError(f'{file} cannot be read as an image ({one_line(e)})') from e
+    if image.ndim != 3: raise InputError(f'{file} is a sequence of images; convert or remove it')
     if image.shape[1:] != (SIZE, SIZE):
         raise InputError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize or remove it')
     return image

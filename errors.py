@@ -21,6 +21,11 @@ class RunError(RuntimeError):
     """The run cannot go on; the message is one line."""
 
 
+def one_line(e: Exception) -> str:
+    """What `e` says, on one line."""
+    return ' '.join(str(e).split()) or type(e).__name__
+
+
 def end_quietly_while_importing(program: str):
     """Ctrl-C and SIGTERM end `program` with one line until `one_line_errors` takes over; imports take seconds."""
     def end(number, _):
@@ -38,7 +43,7 @@ def terminate(*_):
 def one_line_errors(program: str):
     """Ends `program` with one line: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
 
-    Only where nobody reads on, as behind `| head`, does it end in silence, with 141 as other programs do.
+    Where nobody reads what it prints, as behind `| head`, it ends in silence, with 141 as other programs do.
     """
     try:
         if is_cli():

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from fastai.vision.all import *
 
-from callbacks import confusion_matrix, load_state
-from data import FitSize, RGBImage, check_access, fingerprint, get_empty_dls
-from errors import InputError, one_line_errors
-from report import class_accuracies, most_confused, percent
+from callbacks import load_state
+from data import FitSize, RGBImage, check_access, check_names, fingerprint, get_empty_dls
+from errors import InputError, one_line, one_line_errors
+from report import class_accuracies, confusion_matrix, most_confused, percent
 from train_fastai import get_learner, load_data
 
 
@@ -37,6 +37,7 @@ def load_run(run: str | Path, with_data: bool = True) -> Learner:
         m = json.loads((run/'metrics.json').read_text())
         classes, digest, precision = list(m['classes']), m['data_sha256'], m['precision']
         options = {k: m['options'][k] for k in ('data', 'bs', 'stock_loader', 'taste')}
+        if not classes or any(Path(c).name != c for c in classes): raise ValueError('classes without names')
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
     weights = load_state(run/'model.pth')
@@ -57,7 +58,7 @@ def read_image(file: Path) -> Tensor:
     """An image file of any size and mode as the network wants it: (3, 32, 32) uint8. Raises `InputError`."""
     try: return image2tensor(FitSize()(RGBImage.create(file)))
     except Exception as e:  # Pillow's many kinds
-        raise InputError(f'{file} cannot be read as an image ({" ".join(str(e).split()) or type(e).__name__})') from e
+        raise InputError(f'{file} cannot be read as an image ({one_line(e)})') from e
 
 
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
@@ -87,16 +88,21 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
             files += here
             continue
         if len(paths) > 1: raise InputError(f'{path} has sub-folders: to evaluate it, give it alone')
+        check_names(below)
         for file in below:
             if file.parent.parent != path or file.parent.name not in vocab:
                 raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}')
         return list(below), [vocab.index(f.parent.name) for f in below]
     if not files: raise InputError('no image was given')
+    check_names(files)
     return files, None
 
 
 def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """A row a file: the class with the largest probability and the next two, each with its probability."""
+    """A row a file: the class with the largest probability and the next two, each with its probability.
+
+    `log_probs` (N, classes) float32.
+    """
     top = log_probs.exp().topk(min(3, len(vocab)))
     table = pd.DataFrame(dict(file=[str(f) for f in files]))
     for i, suffix in enumerate(('', '_2', '_3')[:top.indices.shape[1]]):
@@ -107,7 +113,7 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
 
 def aligned(table: pd.DataFrame) -> str:
     """The rows of `table`, a line each, in columns."""
-    def shown(o): return f'{o:.1%}' if isinstance(o, float) else ''.join(c if c.isprintable() else '?' for c in o)
+    def shown(o): return f'{o:.1%}' if isinstance(o, float) else o
     def width(text): return sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
     columns = [[name, *map(shown, table[name])] for name in table]
     widths = [max(map(width, column)) for column in columns]
@@ -116,7 +122,10 @@ def aligned(table: pd.DataFrame) -> str:
 
 
 def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """Accuracy of all and of each class, and what is confused; `flipped` are the mirror images' log-probabilities."""
+    """Accuracy of all and of each class, and what is confused.
+
+    `log_probs` and the mirror images' `flipped` (N, classes) float32, `targets` (N,) int64.
+    """
     def accuracy(p): return (p.argmax(1) == targets).float().mean()
     counts = confusion_matrix(log_probs, targets)
     classes = [(c, f'{n:,}', percent(found), percent(right))

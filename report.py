@@ -27,6 +27,15 @@ def class_accuracies(counts: Tensor, vocab: list[str]) -> dict[str, tuple[int, f
             for c, right, n, named in zip(vocab, counts.diag(), counts.sum(1), counts.sum(0), strict=True)}
 
 
+def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
+
+    `log_probs` (N, classes) float, `targets` (N,) int64.
+    """
+    n = log_probs.shape[1]
+    return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
+
+
 def percent(share: float) -> str:
     """`share` as 92.7%, and a dash for NaN."""
     return '–' if math.isnan(share) else f'{share:.1%}'

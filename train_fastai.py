@@ -38,15 +38,14 @@ from callbacks import (
     SeedEpochs,
     StopOnNaN,
     best_precision,
-    confusion_matrix,
     load_state,
     save_csv,
     save_state,
     write_whole,
 )
 from data import SHOW_PROGRESS, fingerprint, get_data, get_dls
-from errors import InputError, RunError, one_line_errors
-from report import run_report
+from errors import InputError, RunError, one_line, one_line_errors
+from report import confusion_matrix, run_report
 
 try: import fcntl  # isort: skip
 except ImportError: fcntl = None  # Windows has no such locks
@@ -62,7 +61,7 @@ def weight_decay_groups(model: nn.Module, wd: float = 0.01) -> list[dict]:
 
 
 def keep_freed_memory():
-    """Lets the process keep what tensors free: giving it back and forth costs a CPU a fifth of the step."""
+    """Lets the process keep what tensors free: returning it and asking again costs a CPU a fifth of the step."""
     if sys.platform != 'linux': return
     with contextlib.suppress(AttributeError):  # glibc only
         mallopt = ctypes.CDLL(None).mallopt
@@ -83,6 +82,7 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
         raise InputError(f'--precision fp16 needs a CUDA GPU, not "{dls.device.type}"; use bf16 or fp32')
     if precision == 'auto': precision = best_precision(dls.device)
     set_seed(seed)
+    dls.train.rng = random.Random(seed)  # a look at a batch before the first epoch follows from the seed, too
     torch.backends.cudnn.benchmark = True
     if dls.device.type == 'cpu': keep_freed_memory()
     model = ResNet(3, len(dls.vocab)).to(dls.device, memory_format=torch.channels_last)
@@ -106,14 +106,14 @@ def find_lrs(learn: Learner) -> tuple[float, float]:
             lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
     except torch.OutOfMemoryError: raise
     except (IndexError, RuntimeError, ValueError) as e:
-        raise RunError(f'the LR finder found nothing ({e}); set --lr-min and --lr-max') from e
+        raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
     if not 0 < lr_min < lr_max < float('inf'):
         raise RunError(f'the LR finder gave no usable range, LRMIN {lr_min:.2e} and LRMAX {lr_max:.2e}; '
                        'set --lr-min and --lr-max')
     return lr_min, lr_max
 
 
-def check_options(epochs, bs, seed, lr_min, lr_max, final_div, **_):
+def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max: float | None, final_div: float, **_):
     """Raises `InputError` for the first option out of its range."""
     if epochs < 1: raise InputError(f'--epochs {epochs} is less than 1')
     if bs < 2: raise InputError(f'--bs {bs} is less than 2, which batch norm needs')
@@ -142,11 +142,12 @@ def run_to_resume(out: Path, options: dict) -> dict:
     if (out/'model.pth').exists(): raise InputError(f'--resume {out}: this run is finished, nothing is left to do')
     try: state = load_state(out/Checkpoint.file)
     except InputError as e: raise InputError(f'--resume {out}: {e}; start a run without --resume') from e
-    if 'epochs_done' not in state: raise InputError(f'--resume {out}: {Checkpoint.file} is not of this program')
-    for k, v in given_options(options).items():
+    if not isinstance(state, dict) or not {'epochs_done', 'options'} <= state.keys():
+        raise InputError(f'--resume {out}: {Checkpoint.file} is not of this program')
+    for k in given_options(options):
         if k == 'out': raise InputError('--out and --resume name two folders; leave one of them out')
-        if k != 'data' and v != state['options'].get(k):  # the data may have moved, and are compared
-            raise InputError(f'--{k.replace("_", "-")} {v} contradicts the run in {out}, '
+        if k != 'data' and options[k] != state['options'].get(k):  # the data may have moved, and are compared
+            raise InputError(f'--{k.replace("_", "-")} {options[k]} contradicts the run in {out}, '
                               f'which has {state["options"].get(k)}; leave it out')
     return state
 
@@ -161,26 +162,28 @@ def check_out(out: Path):
 @contextlib.contextmanager
 def locked(out: Path, new: bool):
     """Locks the folder `out`, and makes a `new` one: of two runs at once, one is refused. Raises `InputError`."""
-    try:
-        if new: out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY) if fcntl else None
-        if fcntl: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        tempfile.TemporaryFile(dir=out).close()  # can it be written to?
-    except BlockingIOError: raise InputError(f'{out} is in use by another run') from None
-    except OSError as e: raise InputError(f'{out} cannot be used for a run ({e.strerror})') from e
-    try: yield
-    finally:
-        if fcntl: os.close(lock)
+    with contextlib.ExitStack() as stack:
+        try:
+            if new: out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()  # can it be written to?
+            if fcntl:
+                lock = os.open(out, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise InputError(f'{out} is in use by another run') from None
+        except OSError as e: raise InputError(f'{out} cannot be used for a run ({e.strerror})') from e
+        yield
 
 
 def device_name(device: torch.device) -> str:
     """The processor in words."""
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get('cpu_name', '') if hasattr(torch.cpu, 'get_capabilities') else ''
-    return f'{device.type}, {name or platform.machine()}, {torch.get_num_threads()} threads'
+    name = torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
+    return f'{device.type}, {name}, {torch.get_num_threads()} threads'
 
 
-def save_figure(fig, file: Path):
+def save_figure(fig: plt.Figure, file: Path):
+    """Writes the figure as a picture of 120 dots an inch, and closes it."""
     fig.savefig(file, dpi=120)
     plt.close(fig)
 
@@ -206,8 +209,12 @@ def load_data(options: dict) -> DataLoaders:
                    every=10 if options['taste'] else 1)
 
 
-def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: float):
-    """Finds the learning rates, trains and leaves everything in `learn.path`; `state` is a checkpoint to go on from."""
+def experiment(learn: Learner, o: SimpleNamespace, data: str, state: dict | None, start: float):
+    """Finds the learning rates, trains and leaves everything in `learn.path`.
+
+    `o` are the options, `data` is the fingerprint of the images, `state` a checkpoint to go on from, and `start` when
+    the program began, by `time.perf_counter()`. Raises `RunError`.
+    """
     dls, out = learn.dls, learn.path
     precision = learn.precision.amp_mode.value if hasattr(learn, 'precision') else 'fp32'
     parameters = sum(p.numel() for p in learn.model.parameters())
@@ -226,7 +233,6 @@ def experiment(learn: Learner, o: SimpleNamespace, state: dict | None, start: fl
         save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-    data = state['data'] if state else fingerprint(dls)
     checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision, data=data), start,
                             state)
     div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
@@ -274,9 +280,10 @@ def told_how_to_go_on(out: Path):
         if os.path.exists(out/Checkpoint.file):
             go_on = f'go on from the last whole epoch with --resume {shlex.quote(str(out))}'
         if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, go_on) from e
-        culprit = f'{e.filename}: {e.strerror}' if e.filename else ' '.join(str(e).split())
-        raise RunError(f'{culprit}; once that is mended, {go_on}') from e
-    except torch.OutOfMemoryError as e: raise RunError('the GPU is out of memory; lower --bs') from e
+        if isinstance(e, BrokenPipeError): raise RunError(f'nobody reads the output any more; {go_on}') from e
+        culprit = f'{e.filename}: {e.strerror}' if e.filename else one_line(e)
+        raise RunError(f'{culprit}; {go_on}, once that is mended') from e
+    except torch.OutOfMemoryError as e: raise RunError('the GPU is out of memory; try a smaller --bs') from e
 
 
 @call_parse
@@ -292,7 +299,7 @@ def main(
     final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto takes what the hardware is made for
     taste: bool = False,  # a first look within two minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
-    stock_loader: bool = False,  # fastai's own loader, item by item: the same images, slower
+    stock_loader: bool = False,  # fastai's own loader, item by item: slower, and other random draws
     resume: str = None,  # folder of an interrupted run to go on with, under its own options
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
@@ -301,7 +308,7 @@ def main(
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
                    final_div=final_div, precision=precision, taste=taste, stock_loader=stock_loader)
     if taste: options |= dict(epochs=min(epochs, 4), bs=min(bs, 64))
-    out = Path(resume or out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S'))
+    out = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S')) if resume is None else Path(resume)
 
     with told_how_to_go_on(out), contextlib.ExitStack() as lock:
         if resume is None:
@@ -316,11 +323,12 @@ def main(
 
         print('Reading the images …', flush=True)
         dls = load_data(options)
-        if state and state['data'] != fingerprint(dls):
+        images = fingerprint(dls)
+        if state and state['data'] != images:
             raise InputError(f'{dls.path} holds other images than the run in {out} was trained on')
         if o.data: o.data = str(Path(o.data).absolute())  # a run can be gone on with from anywhere
         learn = get_learner(dls, precision, o.seed, path=out)
         if not state:
             lock.enter_context(locked(out, new=True))
             check_out(out)  # another run may have come first
-        experiment(learn, o, state, start)
+        experiment(learn, o, images, state, start)

@@ -4,27 +4,28 @@
     python benchmarks/recipes.py ingredients --seeds 42,43   # judged by a tenth of the training images, held out for it
     python benchmarks/recipes.py schedule --seeds 42,43      # three ends of the one cycle, judged by the test set
 
-Each run is written to `runs/recipes/<table>/<arm>-<seed>.json` when it ends; what is there is not done again, and an
-interrupted run goes on from its last whole epoch. The test set chooses nothing: an ingredient is chosen by the first
-table, and the second compares readings of the assignment.
+Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends; what is there is not done again,
+and an interrupted run goes on from its last whole epoch. The test set chooses nothing: an ingredient is chosen by the
+first table, and the second compares readings of the assignment.
 """
 import json
 import shutil
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
+
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from callbacks import Checkpoint, load_state, write_whole
 from data import get_data, get_dls
-from train_fastai import PCT_START, device_name, get_learner, weight_decay_groups
+from errors import RunError
+from train_fastai import PCT_START, device_name, get_learner, locked, weight_decay_groups
 
 LR_MIN, LR_MAX = 1.6e-4, 2.3e-3  # as the finder gives for seed 42
 ARMS = dict(
@@ -93,6 +94,7 @@ def run(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> di
     averages = WeightAverages(header := {}, state)
     learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
                         cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
+    if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
     return dict(recipe, seed=seed, epochs=epochs, lr_min=LR_MIN, lr_max=LR_MAX, train_images=len(dls.train_ds),
                 test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
                 **accuracies(learn, learn.model),
@@ -109,8 +111,7 @@ def main(
     out: str = 'runs/recipes',  # folder for the results
 ):
     "Train every arm of a table with every seed and write what came of it as JSON."
-    out = Path(out)/table
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(out)/table/f'{epochs}'
     with tempfile.TemporaryDirectory() as folder:
         path = get_data(data)
         dls = get_dls(hold_out(path, Path(folder)) if table == 'ingredients' else path, bs)
@@ -118,8 +119,7 @@ def main(
             file = out/f'{name}-{seed}.json'
             if file.exists(): continue
             print(file, flush=True)
-            checkpoints = file.with_suffix('')
-            checkpoints.mkdir(exist_ok=True)
-            result = run(dls, arm, int(seed), epochs, checkpoints)
+            with locked(checkpoints := file.with_suffix(''), new=True):
+                result = run(dls, arm, int(seed), epochs, checkpoints)
             write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
             shutil.rmtree(checkpoints)

@@ -10,12 +10,12 @@ import ctypes
 import json
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Annotated
 
-warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # fastai's own import
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
+
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode

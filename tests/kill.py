@@ -24,24 +24,24 @@ def run_options(data: Path, out: Path, epochs: int = 6) -> list:
     return ['--data', data, '--out', out, '--epochs', epochs, '--bs', 8, '--lr-min', 1e-4, '--lr-max', 1e-3]
 
 
-def kill_and_resume(data: Path, out: Path, kills: int, rng: random.Random) -> int:
+def kill_and_resume(data: Path, out: Path, kills: int, rng: random.Random) -> tuple[int, int]:
     """Starts a run in `out`, kills it `kills` times at random moments of its training and lets it end.
 
-    Returns how many epochs it found done at its starts after a kill, together.
+    Returns how often it was killed, and how many epochs were found done after the kills, together.
     """
     args, done = run_options(data, out), 0
-    for _ in range(kills):
+    for killed in range(kills):
         process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for line in process.stdout:
             if line.startswith('epoch'): break  # the table's head: training begins
-        time.sleep(rng.uniform(0, 2.5))
+        time.sleep(rng.uniform(0, 1.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if (out/'model.pth').exists(): return done  # it was faster
+        if (out/'model.pth').exists(): return killed, done  # it was faster
         if (out/'checkpoint.pth').exists(): args = ['--resume', out]
         done += len(pd.read_csv(out/'history.csv'))
     subprocess.run(command(*args), check=True, stdout=subprocess.DEVNULL)
-    return done
+    return kills, done
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -51,23 +51,26 @@ def differences(one: Path, other: Path) -> list[str]:
     return files + ([] if histories[0].equals(histories[1]) else ['history.csv'])
 
 
+def kill_runs(data: Path, whole: Path, folder: Path, kills: int, rng: random.Random) -> list[str]:
+    """Kills runs in `folder`, up to three times each and `kills` times in all; returns what differs from `whole`."""
+    left, runs, bad = kills, 0, []
+    while left > 0 and not bad:
+        n, found = kill_and_resume(data, folder/f'{runs}', min(left, 3), rng)
+        bad = differences(whole, folder/f'{runs}')
+        print(f'run {runs}: {n} kills, {found} epochs found done, differs in {bad or "nothing"}', flush=True)
+        left, runs = left - n, runs + 1
+    return bad
+
+
 @call_parse
 def main(
     kills: int = 20,  # how many kills, over as many runs as they take
     seed: int = 0,  # of the moments
 ):
     "Kill and resume runs, three kills each, and compare them with an uninterrupted one."
-    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         data = make_folder(tmp/'data')
         subprocess.run(command(*run_options(data, tmp/'whole')), check=True, stdout=subprocess.DEVNULL)
-        left, runs = kills, 0
-        while left > 0:
-            n = min(left, 3)
-            found = kill_and_resume(data, tmp/f'{runs}', n, rng)
-            bad = differences(tmp/'whole', tmp/f'{runs}')
-            print(f'run {runs}: {n} kills, {found} epochs found done, differs in {bad or "nothing"}', flush=True)
-            if bad: sys.exit(1)
-            left, runs = left - n, runs + 1
-    print(f'{kills} kills in {runs} runs, every one ended like the uninterrupted run')
+        if kill_runs(data, tmp/'whole', tmp, kills, random.Random(seed)): sys.exit(1)
+    print(f'{kills} kills, and every run ended like the uninterrupted one')

@@ -23,7 +23,6 @@ from arch import ResNet
 from callbacks import (
     SeedEpochs,
     best_precision,
-    confusion_matrix,
     is_training_run,
     load_state,
     save_csv,
@@ -31,6 +30,7 @@ from callbacks import (
     write_whole,
 )
 from data import InputError, get_dls
+from report import confusion_matrix
 from train_fastai import PCT_START, get_learner, weight_decay_groups
 
 LR_MIN, LR_MAX = 1e-4, 1e-3
@@ -161,6 +161,16 @@ def test_a_second_fit_goes_on_with_new_randomness(dls, tmp_path):
     whole.fit(3, 0., cbs=Spy())
     assert first == Spy.labels
     assert first[:3] != first[3:6] != first[6:]
+
+
+def test_an_interrupted_finder_hides_nothing_of_the_training_after_it(dls, tmp_path):
+    class Interrupt(Callback):
+        def before_batch(self): raise KeyboardInterrupt
+    learn = get_learner(dls, 'fp32', path=tmp_path)
+    with learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): learn.lr_find(num_it=6, show_plot=False)
+    learn.fit(1, 0.)
+    assert len(learn.history.rows) == 1
+    assert len(learn.history.schedule) == 3
 
 
 def test_predictions_of_other_images_do_not_replace_the_final_ones(trained):

@@ -214,7 +214,7 @@ def save(path, array, **kwargs):
     Image.fromarray(array, **kwargs).save(path)
 
 
-def test_grey_alpha_and_palette_images_become_rgb(tmp_path):
+def test_grey_alpha_palette_wide_and_turned_images_become_upright_rgb(tmp_path):
     path = make_folder(tmp_path/'d')
     files = sorted((path/'train/red').iterdir())
     grey = np.arange(1024, dtype='uint8').reshape(32, 32)
@@ -224,7 +224,20 @@ def test_grey_alpha_and_palette_images_become_rgb(tmp_path):
     files[2].unlink()
     Image.fromarray(colour).quantize(256).save(files[2])
     save(files[3], np.stack([grey, np.full((32, 32), 255, 'uint8')], -1))
+    files[4].unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(colour).save(files[4], exif=exif)
+    files[5].unlink()
+    Image.fromarray(grey.astype('uint16') * 257).save(files[5])
     images = decode_images(files)
+    assert (images[4] == torch.from_numpy(colour[::-1, ::-1].copy()).permute(2, 0, 1)).all()
+    assert (images[5] == torch.from_numpy(grey)).all()
+    for stock in (False, True):  # and the other ways to read an image agree
+        dls = get_dls(path, bs=8, stock_loader=stock, num_workers=0)
+        x, = dls.test_dl(files[:6]).one_batch()
+        mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
+        torch.testing.assert_close(x.as_subclass(torch.Tensor), (images[:6] / 255 - mean) / std)
     assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
     for i in range(4):
         expected = torch.from_numpy(np.array(Image.open(files[i]).convert('RGB'))).permute(2, 0, 1)
@@ -235,7 +248,13 @@ def other_size(path): save(path/'train/red/0.png', np.zeros((32, 33, 3), 'uint8'
 def zero_bytes(path): (path/'test/red/0.png').write_bytes(b'')
 def text_as_image(path): (path/'train/red/0.png').write_text('hello')
 def half_an_image(path): (path/'train/red/1.png').write_bytes((path/'train/red/1.png').read_bytes()[:300])
-def sixteen_bits(path): save(path/'train/red/0.png', np.arange(1024, dtype='uint16').reshape(32, 32))
+def floating_point(path):
+    (path/'train/red/0.png').unlink()
+    Image.fromarray(np.zeros((32, 32), 'float32')).save(path/'train/red/0.tif')
+
+
+def sequence(path): Image.new('RGB', (32, 32)).save(path/'train/red/8.gif', save_all=True, append_images=[
+    Image.new('RGB', (32, 32), 'red')])
 def broken_link(path): (path/'train/red/8.png').symlink_to('nowhere.png')
 def file_as_split(path):
     (path/'test').rename(path/'rest')
@@ -287,7 +306,9 @@ BAD_FOLDERS = [
     (zero_bytes, 'test/red/0.png cannot be read'), (text_as_image, 'train/red/0.png cannot be read'),
     (broken_link, 'train/red/8.png cannot be read'), (file_as_split, 'has no folder "test"'),
     (no_unicode, r"red/caf\xe9.png' is a name that cannot"), (line_break, r"red/a\nb.png' is a name that cannot"),
-    (half_an_image, 'train/red/1.png cannot be read'), (sixteen_bits, 'train/red/0.png is not a single image'),
+    (half_an_image, 'train/red/1.png cannot be read'),
+    (floating_point, 'train/red/0.tif cannot be read as an image (floating-point'),
+    (sequence, 'train/red/8.gif is a sequence of images'),
 ]
 
 

@@ -107,7 +107,7 @@ def test_evaluation_agrees_with_the_run_and_with_a_count_by_hand(run, data, caps
     for c in ('blue', 'green', 'red'):
         named = table['class'] == c
         assert [c, '6', f'{right[table.actual == c].mean():.1%}',
-                f'{right[named].mean() if named.any() else 0:.1%}'] in lines
+                f'{right[named].mean():.1%}' if named.any() else '–'] in lines
     errors = table[~right].groupby(['actual', 'class']).size()
     for (actual, predicted), n in errors.items(): assert [actual, '→', predicted, str(n)] in lines
 
@@ -207,9 +207,9 @@ def test_wide_pixels(tmp_path, pixels, expected):
 
 
 def test_columns_of_any_letters_are_aligned():
-    table = pd.DataFrame(dict(file=['猫.png', 'a\nb.png', 'long name.png'], probability=[0.5, 1., 0.25]))
+    table = pd.DataFrame(dict(file=['猫.png', 'a.png', 'long name.png'], probability=[0.5, 1., 0.25]))
     assert predict.aligned(table).splitlines() == [
-        'file           probability', '猫.png         50.0%', 'a?b.png        100.0%', 'long name.png  25.0%']
+        'file           probability', '猫.png         50.0%', 'a.png          100.0%', 'long name.png  25.0%']
 
 
 def floating_point(tmp_path): Image.fromarray(np.zeros((32, 32), 'float32')).save(tmp_path/'float.tif')
@@ -224,6 +224,9 @@ def other_class(tmp_path):
         Image.new('RGB', (32, 32)).save(tmp_path/'eval'/c/'0.png')
 
 
+def line_break(tmp_path): Image.new('RGB', (32, 32)).save(tmp_path/'a\nb.png')
+
+
 def stray_image(tmp_path):
     (tmp_path/'eval/red').mkdir(parents=True)
     for name in ('0.png', 'red/0.png'): Image.new('RGB', (32, 32)).save(tmp_path/'eval'/name)
@@ -235,6 +238,7 @@ def stray_image(tmp_path):
     (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class'),
     (stray_image, ['eval'], 'eval/0.png is not in a sub-folder with the name of a class'),
     (floating_point, ['float.tif'], 'float.tif cannot be read as an image (floating-point'),
+    (line_break, ['a\nb.png'], r"'a\nb.png' is a name that cannot be printed"),
     (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '"" does not exist'),
     (nothing, ['x' * 300], 'does not exist'), (other_class, ['eval', 'eval'], 'give it alone')],
     ids=lambda o: getattr(o, '__name__', None))
@@ -266,6 +270,11 @@ def test_a_reader_that_leaves_is_no_error(run, data):
 def no_weights(run): (run/'model.pth').unlink()
 def no_metrics(run): (run/'metrics.json').unlink()
 def odd_metrics(run): (run/'metrics.json').write_text('[]')
+def class_as_path(run):
+    m = json.loads((run/'metrics.json').read_text())
+    (run/'metrics.json').write_text(json.dumps(m | dict(classes=['a', 'b', str(run/'escaped')])))
+
+
 def no_options(run): (run/'metrics.json').write_text('{"classes": ["a", "b"], "options": {}}')
 def damaged(run): (run/'model.pth').write_bytes((run/'model.pth').read_bytes()[:1000])
 def foreign(run): torch.save(dict(a=torch.ones(3)), run/'model.pth')
@@ -281,7 +290,7 @@ def malicious_pickle(run): (run/'model.pth').write_bytes(pickle.dumps(Malicious(
 
 @pytest.mark.parametrize(('spoil', 'message'), [
     (no_weights, 'holds no finished run'), (no_metrics, 'metrics.json'), (odd_metrics, 'metrics.json'),
-    (no_options, 'metrics.json'),
+    (no_options, 'metrics.json'), (class_as_path, 'classes without names'),
     (damaged, 'model.pth is damaged'), (foreign, 'does not hold the weights of this network'),
     (malicious, 'it was not opened'), (malicious_pickle, 'model.pth is damaged')],
     ids=lambda o: getattr(o, '__name__', None))
@@ -293,6 +302,7 @@ def test_a_run_that_cannot_be_used_is_one_line_and_no_code_of_it_runs(run, data,
     spoil(bad)
     assert message in ends(capsys, 2, main, str(bad), str(data/'test/red/0.png'))
     assert not (tmp_path/'was here').exists()
+    assert not (bad/'escaped').exists()
 
 
 def test_other_images_where_the_images_were(run, tmp_path):

@@ -22,7 +22,7 @@ def test_every_arm_leaves_its_result_and_is_not_done_again(tmp_path, table, imag
     path = make_folder(tmp_path/'d', train=20)
     options = dict(data=path, out=tmp_path/'out', epochs=1, bs=16)
     recipes.main(table, **options)
-    files = sorted((tmp_path/'out'/table).iterdir())
+    files = sorted((tmp_path/'out'/table/'1').iterdir())
     assert [f.name for f in files] == [f'{arm}-42.json' for arm in ARMS[table]]
     results = [json.loads(f.read_text()) for f in files]
     for r in results:
