@@ -72,7 +72,7 @@ class History(TrainingCallback):
             self.rows.append(dict(zip(self.columns, row, strict=True)))
 
 
-class FinalPredictions(Callback):
+class FinalPredictions(TrainingCallback):
     """Keeps what the network said of each test image in the latest validation: after training, the final model's.
 
     `log_probs` (N, classes), `targets` (N,) and `losses` (N,) are on the CPU, in the order of `dls.valid_ds.items`.
@@ -80,7 +80,7 @@ class FinalPredictions(Callback):
     _keep = False  # `learn.summary()` fires `after_batch` alone
 
     def before_validate(self):
-        self._keep = is_training_run(self.learn) and self.dl is self.dls.valid
+        self._keep = self.dl is self.dls.valid
         self._preds, self._targets = [], []
 
     def after_batch(self):

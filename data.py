@@ -27,7 +27,8 @@ def get_data(path: str | Path | None = None) -> Path:
         if not getattr(e, 'errno', None): archive.unlink(missing_ok=True)  # else untar_data would try it for ever
         raise InputError(f'CIFAR-10 could not be downloaded and unpacked ({one_line(e)}); '
                          'check network and disk, or pass a folder that holds it: --data DIR') from e
-    if (n := len(get_image_files(path))) != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking cut short
+    n = sum(name.endswith('.png') for _, _, names in os.walk(path) for name in names)
+    if n != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking cut short
         raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it, and {archive} '
                          'if there is one, and CIFAR-10 is downloaded anew')
     return path

@@ -3,6 +3,8 @@ from fastai.vision.all import *
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from data import RGBImage
+
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # the same colour for the same thing in all figures
 names_as_they_are = plt.rc_context({'text.parse_math': False})  # a class may be called $x$
 
@@ -71,7 +73,7 @@ def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
     fig, axs = plt.subplots(lines, cols, figsize=(11, 0.4 + 2.5 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax, row in zip(axs.flat, rows[:n], strict=False):
-        ax.imshow(PILImage.create(folder/row['file']), interpolation='nearest')
+        ax.imshow(RGBImage.create(folder/row['file']), interpolation='nearest')
         ax.set_title(f'{row["actual"]} → {row["predicted"]}\n({row["probability"]:.0%})', fontsize=11)
     fig.suptitle(f'Misclassified test images, worst of {len(rows):,}: actual → predicted (probability)')
     return fig

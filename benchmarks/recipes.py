@@ -8,6 +8,7 @@ Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it
 and an interrupted run goes on from its last whole epoch. The test set chooses nothing: an ingredient is chosen by the
 first table, and the second compares readings of the assignment.
 """
+import contextlib
 import json
 import shutil
 import sys
@@ -25,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from callbacks import Checkpoint, load_state, write_whole
 from data import get_data, get_dls
 from errors import RunError
+from predict import get_log_probs
 from train_fastai import PCT_START, device_name, get_learner, locked, weight_decay_groups
 
 LR_MIN, LR_MAX = 1.6e-4, 2.3e-3  # as the finder gives for seed 42
@@ -68,18 +70,12 @@ class WeightAverages(Callback):
     def after_epoch(self): self.header['averages'] = {d: model.state_dict() for d, model in self.models.items()}
 
 
-@torch.no_grad()
 def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
     """The accuracy of `model` on the test images of `learn`, plain and by flip averaging."""
-    model.eval()
-    plain = flips = 0
-    with torch.autocast(learn.dls.device.type, torch.bfloat16, enabled=hasattr(learn, 'precision')):
-        for x, y in learn.dls.valid:
-            one, other = model(x), model(x.flip(-1))
-            plain += (one.argmax(1) == y).sum().item()
-            flips += ((one + other).argmax(1) == y).sum().item()
-    n = len(learn.dls.valid_ds)
-    return dict(accuracy=plain / n, accuracy_flip=flips / n)
+    images, targets = learn.dls.valid_ds.images, learn.dls.valid_ds.labels.cpu()
+    with contextlib.contextmanager(replacing_yield)(learn, 'model', model):
+        plain, flipped = get_log_probs(learn, images), get_log_probs(learn, images.flip(-1))
+    return dict(accuracy=accuracy(plain, targets).item(), accuracy_flip=accuracy(plain + flipped, targets).item())
 
 
 def run(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> dict:

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_folder, one_cycle
+from conftest import Malicious, make_folder, one_cycle
 from fastai.vision.all import (
     Adam,
     Callback,
@@ -328,10 +328,6 @@ def test_damage_anywhere_in_a_checkpoint_is_noticed(tmp_path):
             assert (state['a'] == good['a']).all()
             assert state['b'] == good['b']
     assert noticed > 70  # of 84
-
-
-class Malicious:
-    def __reduce__(self): return os.mkdir, (os.environ['MALICIOUS_DIR'],)
 
 
 @pytest.mark.parametrize('zipped', [False, True])

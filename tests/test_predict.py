@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, ends, make_folder
+from conftest import ROOT, Malicious, ends, make_folder
 from fastai.vision.all import ClassificationInterpretation, PILImage
 from PIL import Image
 
@@ -278,10 +277,6 @@ def class_as_path(run):
 def no_options(run): (run/'metrics.json').write_text('{"classes": ["a", "b"], "options": {}}')
 def damaged(run): (run/'model.pth').write_bytes((run/'model.pth').read_bytes()[:1000])
 def foreign(run): torch.save(dict(a=torch.ones(3)), run/'model.pth')
-
-
-class Malicious:
-    def __reduce__(self): return os.mkdir, (os.environ['MALICIOUS_DIR'],)
 
 
 def malicious(run): torch.save(dict(a=Malicious()), run/'model.pth')
