@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Recipes side by side: the same network, images, seeds and learning rates, and one thing changed.
+"""Repeated runs: the experiment under several seeds, and recipes side by side, one thing changed and all else equal.
 
-    python benchmarks/recipes.py ingredients --seeds 42,43   # judged by a tenth of the training images, held out for it
-    python benchmarks/recipes.py schedule --seeds 42,43      # three ends of the one cycle, judged by the test set
+    python benchmarks/recipes.py seeds --seeds 42,43                 # train_fastai.py as it is
+    python benchmarks/recipes.py finder --seeds 42,43                # its learning-rate finder alone
+    python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, by the test set
+    python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
 
 Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends; what is there is not done again,
-and an interrupted run goes on from its last whole epoch. The test set chooses nothing: an ingredient is chosen by the
-first table, and the second compares readings of the assignment.
+and an interrupted run goes on from its last whole epoch. `tables.py` makes tables and figures of these files. The test
+set chooses nothing: an ingredient is chosen by the last table, and `schedule` compares readings of the assignment.
 """
 import contextlib
 import json
@@ -19,6 +21,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
 
+from fastai.callback.schedule import minimum, slide, steep, valley
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,14 +29,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from callbacks import Checkpoint, load_state, write_whole
 from data import get_data, get_dls
 from errors import RunError
-from predict import get_log_probs
+from predict import get_log_probs, load_run
 from train_fastai import PCT_START, device_name, get_learner, locked, weight_decay_groups
+from train_fastai import main as train_fastai
 
 LR_MIN, LR_MAX = 1.6e-4, 2.3e-3  # as the finder gives for seed 42
 ARMS = dict(
-    ingredients={
-        'plain': {}, 'wd-0.1': dict(wd=0.1), 'smoothing-0.1': dict(label_smoothing=0.1),
-        'wd-0.1-smoothing-0.1': dict(wd=0.1, label_smoothing=0.1)},
+    seeds={'experiment': {}},
+    finder={'lr-find': {}},
+    ingredients={'plain': {}, 'wd-0.1': dict(wd=0.1), 'wd-0.5': dict(wd=0.5)},
     schedule={
         'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
         'div-final-1e5-annihilates': dict(div_final=1e5)})
@@ -78,7 +82,25 @@ def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
     return dict(accuracy=accuracy(plain, targets).item(), accuracy_flip=accuracy(plain + flipped, targets).item())
 
 
-def run(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> dict:
+def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path) -> dict:
+    """Runs train_fastai.py in `folder`, or goes on with it there; returns its metrics and the accuracy by flips."""
+    if not (folder/'model.pth').exists():
+        if (folder/Checkpoint.file).exists(): train_fastai(resume=folder)
+        else: train_fastai(data=data, bs=bs, seed=seed, epochs=epochs, out=folder)
+    learn = load_run(folder)
+    return json.loads((folder/'metrics.json').read_text()) | dict(
+        test_accuracy_flip=accuracies(learn, learn.model)['accuracy_flip'])
+
+
+def find(dls: DataLoaders, seed: int, folder: str) -> dict:
+    """The curve of the finder and all that fastai reads from it; the experiment's two are `valley` and `minimum`."""
+    learn = get_learner(dls, seed=seed, path=folder)
+    found = learn.lr_find(suggest_funcs=(valley, minimum, steep, slide), show_plot=False)
+    return dict(found._asdict(), seed=seed, device=device_name(dls.device), lrs=learn.recorder.lrs,
+                losses=[float(loss) for loss in learn.recorder.losses])
+
+
+def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> dict:
     """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it."""
     div = LR_MAX / LR_MIN
     recipe = dict(wd=0.01, label_smoothing=0., div_final=div) | arm
@@ -99,23 +121,31 @@ def run(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> di
 
 @call_parse
 def main(
-    table: Annotated[str, dict(choices=[*ARMS])],  # what is compared
+    table: Annotated[str, dict(choices=[*ARMS])],  # what is repeated
+    arms: str = None,  # which recipes, separated by commas; all of the table if left out
     seeds: str = '42',  # separated by commas
-    epochs: int = 8,  # passes over the training images
+    epochs: int = 24,  # passes over the training images
     bs: int = 512,  # batch size
     data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
     out: str = 'runs/recipes',  # folder for the results
 ):
-    "Train every arm of a table with every seed and write what came of it as JSON."
-    out = Path(out)/table/f'{epochs}'
-    with tempfile.TemporaryDirectory() as folder:
+    "Train the arms of a table with every seed and write what came of it as JSON."
+    out = Path(out)/table/('' if table == 'finder' else f'{epochs}')
+    names = arms.split(',') if arms else [*ARMS[table]]
+    if unknown := set(names) - ARMS[table].keys(): raise SystemExit(f'--arms: no {", ".join(unknown)} in {table}')
+    with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
-        dls = get_dls(hold_out(path, Path(folder)) if table == 'ingredients' else path, bs)
-        for seed, (name, arm) in itertools.product(seeds.split(','), ARMS[table].items()):
+        if table == 'ingredients': path = hold_out(path, Path(tmp))
+        dls = None if table == 'seeds' else get_dls(path, bs)
+        for seed, name in itertools.product(map(int, seeds.split(',')), names):
             file = out/f'{name}-{seed}.json'
             if file.exists(): continue
             print(file, flush=True)
-            with locked(checkpoints := file.with_suffix(''), new=True):
-                result = run(dls, arm, int(seed), epochs, checkpoints)
+            folder = file.with_suffix('')
+            if table == 'seeds': result = experiment(data, bs, seed, epochs, folder)
+            elif table == 'finder': result = find(dls, seed, tmp)
+            else:
+                with locked(folder, new=True): result = train(dls, ARMS[table][name], seed, epochs, folder)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
-            shutil.rmtree(checkpoints)
+            if table != 'seeds': shutil.rmtree(folder, ignore_errors=True)

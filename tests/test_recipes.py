@@ -6,14 +6,16 @@ import torch
 from conftest import ROOT, make_folder
 from fastai.callback.core import Callback
 
+import figures
+import train_fastai
 from callbacks import load_state
 from data import get_dls
-from train_fastai import get_learner
+from train_fastai import find_lrs, get_learner
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import recipes
 
-ARMS = dict(ingredients=['plain', 'smoothing-0.1', 'wd-0.1', 'wd-0.1-smoothing-0.1'],
+ARMS = dict(ingredients=['plain', 'wd-0.1', 'wd-0.5'],
             schedule=['div-final-1-holds-lrmax', 'div-final-1e5-annihilates', 'ends-at-lrmin'])
 
 
@@ -36,6 +38,40 @@ def test_every_arm_leaves_its_result_and_is_not_done_again(tmp_path, table, imag
     assert [f.stat().st_mtime_ns for f in files] == before
 
 
+def test_the_arms_that_are_named_and_no_others(tmp_path):
+    options = dict(data=make_folder(tmp_path/'d', train=20), out=tmp_path/'out', epochs=1, bs=16)
+    recipes.main('ingredients', arms='wd-0.5', seeds='1,2', **options)
+    assert sorted(f.name for f in (tmp_path/'out/ingredients/1').iterdir()) == ['wd-0.5-1.json', 'wd-0.5-2.json']
+    with pytest.raises(SystemExit, match='--arms: no wd-7 in ingredients'):
+        recipes.main('ingredients', arms='plain,wd-7', **options)
+
+
+def test_the_finder_gives_what_the_experiment_takes(tmp_path):
+    path = make_folder(tmp_path/'d', train=20)
+    recipes.main('finder', seeds='3', data=path, out=tmp_path, bs=16)
+    assert [f.name for f in (tmp_path/'finder').iterdir()] == ['lr-find-3.json']
+    r = json.loads((tmp_path/'finder/lr-find-3.json').read_text())
+    assert (r['valley'], r['minimum']) == find_lrs(get_learner(get_dls(path, bs=16), seed=3, path=tmp_path))
+    assert len(r['lrs']) == len(r['losses']) > 50
+    assert {'steep', 'slide', 'seed', 'device'} < r.keys()
+
+
+def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    options = dict(data=make_folder(tmp_path/'d', train=20), bs=16, epochs=2, seed=5)
+    train_fastai.main(**options, out=tmp_path/'alone')
+    alone = json.loads((tmp_path/'alone/metrics.json').read_text())
+    folder = tmp_path/'seeds/2/experiment-5'
+    with monkeypatch.context() as m:
+        m.setattr(figures, 'history', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))  # with all epochs done
+        with pytest.raises(SystemExit): recipes.experiment(**options, folder=folder)
+    assert not (folder/'model.pth').exists()
+    recipes.main('seeds', seeds='5', out=tmp_path, **{k: options[k] for k in ('data', 'bs', 'epochs')})
+    r = json.loads(folder.with_suffix('.json').read_text())
+    for k in ('lr_min', 'lr_max', 'train_accuracy', 'test_accuracy', 'test_loss'): assert r[k] == alone[k], k
+    assert 0 <= r['test_accuracy_flip'] <= 1
+    assert (folder/'report.md').exists()
+
+
 def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_left_alone(tmp_path, monkeypatch):
     class Stop(Callback):
         def before_batch(self):
@@ -43,11 +79,11 @@ def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_left_alone(tmp_pa
     dls = get_dls(make_folder(tmp_path/'d'), bs=8)
     folders = [tmp_path/'one', tmp_path/'other']
     for folder in folders: folder.mkdir()
-    whole = recipes.run(dls, dict(wd=0.1), 1, 4, folders[0])
+    whole = recipes.train(dls, dict(wd=0.1), 1, 4, folders[0])
     with monkeypatch.context() as m:
         m.setattr(recipes, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Stop()))
-        with pytest.raises(KeyboardInterrupt): recipes.run(dls, dict(wd=0.1), 1, 4, folders[1])
-    resumed = recipes.run(dls, dict(wd=0.1), 1, 4, folders[1])
+        with pytest.raises(KeyboardInterrupt): recipes.train(dls, dict(wd=0.1), 1, 4, folders[1])
+    resumed = recipes.train(dls, dict(wd=0.1), 1, 4, folders[1])
     weights = [load_state(folder/'checkpoint.pth') for folder in folders]
     for part in ('model', *recipes.AVERAGES):
         one, other = (w['model'] if part == 'model' else w['averages'][part] for w in weights)

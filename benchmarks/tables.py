@@ -1,0 +1,150 @@
+#!/usr/bin/env python
+"""Makes the tables and figures of `docs/recipes/README.md` from the results of `recipes.py`, which lie beside it.
+
+    python benchmarks/tables.py
+"""
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
+
+import matplotlib.pyplot as plt
+from fastai.callback.schedule import combined_cos
+from fastcore.script import call_parse
+from matplotlib.figure import Figure
+from recipes import ARMS, LR_MAX, LR_MIN
+
+from callbacks import write_whole
+from report import rate, table
+from train_fastai import PCT_START, save_figure
+
+HEAD = """# Repeated runs
+
+`python benchmarks/tables.py` made this page and its figures of the results in the folders beside it, which
+`benchmarks/recipes.py` wrote, on the genuine CIFAR-10. ± is the standard deviation over the seeds; one run has none.
+Flip averaging: the accuracy by the mean log-probability of an image and its mirror image."""
+FIXED = f"""All else is equal, and the rates are fixed at
+{rate(LR_MIN)} and {rate(LR_MAX)}. Each run also keeps exponential moving averages of its weights, step by step.
+"More than the first" is the mean over the seeds that both have, in points."""
+WORDS = dict(
+    seeds="`python train_fastai.py` as it is, under several seeds; each run finds its own learning rates.",
+    finder="What fastai reads from its finder's curve; the experiment uses the first two columns.",
+    schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
+literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. {FIXED}""",
+    ingredients=f"""Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
+chooses nothing. A recipe's name says how it differs from the first. {FIXED}""")
+SUGGESTIONS = dict(valley='`valley` (LRMIN)', minimum='`minimum` (LRMAX)', steep='`steep`', slide='`slide`')
+
+
+def load(folder: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
+    """The results in `folder` of those of the `arms` that have any, each in the order of its seeds."""
+    found = {a: [json.loads(f.read_text()) for f in folder.glob(f'{a}-*.json') if f.stem[len(a) + 1:].isdecimal()]
+             for a in arms}
+    return {a: sorted(runs, key=lambda r: r['seed']) for a, runs in found.items() if runs}
+
+
+def spread(shares: list[float]) -> str:
+    """Mean ± standard deviation of accuracies, as 92.73 ± 0.15 %; one alone has no deviation."""
+    sd = f' ± {100 * statistics.stdev(shares):.2f}' if len(shares) > 1 else ''
+    return f'{100 * statistics.mean(shares):.2f}{sd} %'
+
+
+def seeds_table(runs: list[dict]) -> str:
+    """A row a run of train_fastai.py, and their mean."""
+    shares = 'train_accuracy', 'test_accuracy', 'test_accuracy_flip'
+    rows = [(r['seed'], rate(r['lr_min']), rate(r['lr_max']), *(spread([r[k]]) for k in shares),
+             r['first_epoch_over_90'] or 'none') for r in runs]
+    rows.append((f'mean ± sd, N = {len(runs)}', '', '', *(spread([r[k] for r in runs]) for k in shares), ''))
+    head = 'seed', 'LRMIN', 'LRMAX', 'training accuracy', 'test accuracy', 'flip averaging', 'first epoch over 90 %'
+    return table(f'| {" | ".join(head)} |\n|---|--:|--:|--:|--:|--:|--:|', rows)
+
+
+def finder_table(runs: list[dict]) -> str:
+    """A row a seed: what fastai reads from its finder's curve."""
+    rows = [(r['seed'], *(rate(r[k]) for k in SUGGESTIONS)) for r in runs]
+    factors = [max(r[k] for r in runs) / min(r[k] for r in runs) for k in SUGGESTIONS]
+    rows.append(('largest / smallest', *(f'{o:,.3g}' for o in factors)))
+    return table(f'| seed | {" | ".join(SUGGESTIONS.values())} |\n|---|--:|--:|--:|--:|', rows)
+
+
+def recipes_table(arms: dict[str, list[dict]]) -> str:
+    """A row an arm, and a row each average of its weights: accuracy, plain and by flip averaging, over the seeds."""
+    rows, first = [], {r['seed']: r['accuracy'] for r in next(iter(arms.values()))}
+    for name, runs in arms.items():
+        last = [r['history'][-1]['train_accuracy'] for r in runs]
+        means = {f'{name} (training accuracy {spread(last)})': runs}
+        means |= {f'… weights averaged, decay {d}': [r['averages'][d] | dict(seed=r['seed']) for r in runs]
+                                                    for d in runs[0]['averages']}
+        for what, results in means.items():
+            gains = [100 * (r['accuracy'] - first[r['seed']]) for r in results if r['seed'] in first]
+            rows.append((what, ', '.join(f'{r["seed"]}' for r in results), spread([r['accuracy'] for r in results]),
+                         f'{statistics.mean(gains):+.2f}' if gains and rows else '',
+                         spread([r['accuracy_flip'] for r in results])))
+    return table('| recipe | seeds | accuracy | more than the first | flip averaging |\n|---|---|--:|--:|--:|', rows)
+
+
+def schedule_figure(arms: dict[str, list[dict]]) -> Figure:
+    """The learning rate over the epochs in every arm, with its mean test accuracy."""
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
+    for (name, runs), style in zip(arms.items(), ('-', '--', ':'), strict=False):
+        r, shares = runs[0], [i / 1000 for i in range(1001)]
+        cycle = combined_cos(PCT_START, r['lr_min'], r['lr_max'], r['lr_max'] / r['div_final'])
+        ax.plot([r['epochs'] * o for o in shares], [float(cycle(o)) for o in shares], style, linewidth=2,
+                label=f'{name}: {spread([o["accuracy"] for o in runs])}')
+    ax.set(xlabel='epoch', ylabel='learning rate', ylim=(0, 1.4 * r['lr_max']),
+           title=f'Three ends of the cycle, test accuracy after {r["epochs"]} epochs')
+    ax.legend(loc='upper right')
+    ax.grid(alpha=0.3)
+    return fig
+
+
+def finder_figure(runs: list[dict]) -> Figure:
+    """The finder's curves, with the two rates that a run takes from each."""
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
+    for r in runs:
+        line, = ax.plot(r['lrs'], r['losses'], label=f'seed {r["seed"]}')
+        for k, marker in (('valley', 'o'), ('minimum', 's')):
+            i = min(range(len(r['lrs'])), key=lambda i: abs(r['lrs'][i] - r[k]))
+            ax.plot(r['lrs'][i], r['losses'][i], marker, color=line.get_color())
+    start, low = max(r['losses'][0] for r in runs), min(min(r['losses']) for r in runs)
+    ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed training loss',
+           ylim=(low - 0.1 * (start - low), start + 0.5 * (start - low)),
+           title='The finder under several seeds: LRMIN (circles) and LRMAX (squares)')
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return fig
+
+
+def page(folder: Path) -> str:
+    """All tables of the results in `folder`, as Markdown; draws their figures into it."""
+    parts = [HEAD]
+    for name, words in WORDS.items():
+        for files in sorted({f.parent for f in folder.glob(f'{name}/**/*.json')}):
+            arms, title, figure = load(files, ARMS[name]), name.capitalize(), None
+            runs = next(iter(arms.values()))
+            if name == 'finder': numbers, figure = finder_table(runs), finder_figure(runs)
+            elif name == 'seeds': numbers = seeds_table(runs)
+            else: numbers = recipes_table(arms)
+            if name != 'finder': title += f', {files.name} epochs'
+            if name == 'schedule': figure = schedule_figure(arms)
+            parts += [f'## {title}', words, numbers]
+            if figure:
+                png = files.relative_to(folder).with_suffix('.png').as_posix().replace('/', '-')
+                save_figure(figure, folder/png)
+                parts.append(f'![{title}]({png})')
+            devices = sorted({r['device'] for runs in arms.values() for r in runs})
+            parts.append(f'Device: {"; ".join(devices)}.')
+    return '\n\n'.join(parts) + '\n'
+
+
+@call_parse
+def main(
+    folder: str = str(ROOT/'docs/recipes'),  # of the results, as recipes.py left them
+):
+    "Make the tables and figures of the results in a folder."
+    write_whole(Path(folder)/'README.md', page(Path(folder)).encode())
