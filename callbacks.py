@@ -1,10 +1,11 @@
-"""What watches or steers training: seeds, history, final predictions, precision, an end at a NaN, checkpoints."""
+"""What watches or steers training: seeds, history, final predictions, precision, averages, checkpoints."""
 import contextlib
 import io
 import pickle
 import zipfile
 
 from fastai.vision.all import *
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import InputError
 
@@ -136,6 +137,37 @@ class StopOnNaN(TrainingCallback):
         raise CancelFitException
 
 
+class WeightAverage(TrainingCallback):
+    """Tests, and at the end keeps, an exponential moving average of the weights instead of those of the last step.
+
+    An LR that is not annihilated leaves the weights wandering about a better place, their mean. `decay` is that of a
+    step, and smaller at first, lest the average remember the initial weights. Batch norm's statistics are averaged too.
+    """
+    order = History.order
+
+    def __init__(self, decay: float): self.decay = decay
+
+    def before_fit(self): self.average, self.swapped = AveragedModel(self.model, use_buffers=True), False
+
+    def after_step(self):
+        n = self.average.n_averaged.item()
+        self.average.multi_avg_fn = get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))
+        self.average.update_parameters(self.model)
+
+    def swap(self):
+        ours, others = ([*m.parameters(), *m.buffers()] for m in (self.model, self.average.module))
+        for a, b in zip(ours, others, strict=True): a.data, b.data = b.data, a.data
+        self.swapped = not self.swapped
+
+    def before_validate(self): self.swap()
+
+    def after_validate(self): self.swap()
+
+    def after_fit(self):
+        if not self.swapped: self.swap()  # it is, where something ended a test
+        del self.average
+
+
 class PlainLog(TrainingCallback):
     """In place of fastai's progress bars where there is no terminal: the same table as aligned plain lines."""
     order = ProgressCallback.order
@@ -235,6 +267,7 @@ class Checkpoint(Callback):
             self.header, epochs_done=epochs_done, model=self.model.state_dict(),
             opt=self.opt.state_dict()['state'],  # its LR and momentum are the schedule's to set
             scaler=self.scaler.state_dict() if hasattr(self.learn, 'precision') else {},
+            average=self.weight_average.average.state_dict() if hasattr(self.learn, 'weight_average') else {},
             smooth_loss=[float(smooth.val), smooth.count], rows=h.rows, schedule=h.schedule,
             seconds_training=h.seconds_training, seconds_total=self.seconds_total()))
 
@@ -243,6 +276,7 @@ class Checkpoint(Callback):
         self.model.load_state_dict(s['model'])
         self.opt.load_state_dict(dict(self.opt.state_dict(), state=s['opt']))
         if s['scaler']: self.scaler.load_state_dict(s['scaler'])
+        if s['average']: self.weight_average.average.load_state_dict(s['average'])
         smooth = self.recorder.smooth_loss
         smooth.val, smooth.count = tensor(s['smooth_loss'][0]), s['smooth_loss'][1]
         h = self.history

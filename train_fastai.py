@@ -37,6 +37,7 @@ from callbacks import (
     ResumableLearner,
     SeedEpochs,
     StopOnNaN,
+    WeightAverage,
     best_precision,
     load_state,
     save_csv,
@@ -69,12 +70,14 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
-def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path: str | Path = '.') -> Learner:
+def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path: str | Path = '.',
+                ema: float = 0.995) -> Learner:
     """A fastai `Learner` of the assignment's network for `dls`; whatever it saves goes to `path`.
 
     The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to
     rounding) in a fraction of the time. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial
-    weights and all randomness of every epoch; on a CPU the same seed gives the same run. Raises `InputError`.
+    weights and all randomness of every epoch; on a CPU the same seed gives the same run. `ema` is the decay of the
+    moving average of the weights that is tested and kept; with 0 it is the last step's weights. Raises `InputError`.
     """
     if precision not in (modes := ('auto', 'fp32', 'bf16', 'fp16')):
         raise InputError(f'--precision {precision} is not one of {", ".join(modes)}')
@@ -89,6 +92,7 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
     adam = partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=1e-5, fused=True)
     cbs = [SeedEpochs(seed), History(), FinalPredictions(), StopOnNaN()]
     if precision != 'fp32': cbs.append(Precision(precision))
+    if ema: cbs.append(WeightAverage(ema))
     learn = ResumableLearner(dls, model, opt_func=adam, splitter=weight_decay_groups, metrics=accuracy, cbs=cbs,
                              path=path)
     learn.recorder.train_metrics = True
@@ -113,7 +117,8 @@ def find_lrs(learn: Learner) -> tuple[float, float]:
     return lr_min, lr_max
 
 
-def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max: float | None, final_div: float, **_):
+def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max: float | None, final_div: float,
+                  ema: float, **_):
     """Raises `InputError` for the first option out of its range."""
     if epochs < 1: raise InputError(f'--epochs {epochs} is less than 1')
     if bs < 2: raise InputError(f'--bs {bs} is less than 2, which batch norm needs')
@@ -122,6 +127,7 @@ def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max:
     if lr_min is not None and not 0 < lr_min < lr_max < float('inf'):
         raise InputError(f'--lr-min {lr_min:g} --lr-max {lr_max:g}: must be 0 < LRMIN < LRMAX')
     if not 0 < final_div < float('inf'): raise InputError(f'--final-div {final_div:g} is not a positive number')
+    if not 0 <= ema < 1: raise InputError(f'--ema {ema:g} is not in 0 … 1')
 
 
 def other_than_default(options: dict) -> dict:
@@ -144,6 +150,8 @@ def run_to_resume(out: Path, options: dict) -> dict:
     except InputError as e: raise InputError(f'--resume {out}: {e}; start a run without --resume') from e
     if not isinstance(state, dict) or not {'epochs_done', 'options'} <= state.keys():
         raise InputError(f'--resume {out}: {Checkpoint.file} is not of this program')
+    if state['options'].keys() != options.keys():
+        raise InputError(f'--resume {out}: the run is of another version of this program, which has to finish it')
     for k in given_options(options):
         if k == 'out': raise InputError('--out and --resume name two folders; leave one of them out')
         if k != 'data' and options[k] != state['options'].get(k):  # the data may have moved, and are compared
@@ -297,6 +305,7 @@ def main(
     lr_min: float = None,  # learning rate at the start and the end; with --lr-max, instead of the LR finder
     lr_max: float = None,  # learning rate at the peak; with --lr-min, instead of the LR finder
     final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
+    ema: float = 0.995,  # decay of the moving average of the weights, which is tested and kept; 0 for none
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto takes what the hardware is made for
     taste: bool = False,  # a first look within two minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
     stock_loader: bool = False,  # fastai's own loader, item by item: slower, and other random draws
@@ -306,7 +315,7 @@ def main(
     start = time.perf_counter()
     data, out = data and str(data), out and str(out)
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
-                   final_div=final_div, precision=precision, taste=taste, stock_loader=stock_loader)
+                   final_div=final_div, ema=ema, precision=precision, taste=taste, stock_loader=stock_loader)
     if taste: options |= dict(epochs=min(epochs, 4), bs=min(bs, 64))
     out = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S')) if resume is None else Path(resume)
 
@@ -327,7 +336,7 @@ def main(
         if state and state['data'] != images:
             raise InputError(f'{dls.path} holds other images than the run in {out} was trained on')
         if o.data: o.data = str(Path(o.data).absolute())  # a run can be gone on with from anywhere
-        learn = get_learner(dls, precision, o.seed, path=out)
+        learn = get_learner(dls, precision, o.seed, path=out, ema=o.ema)
         if not state:
             lock.enter_context(locked(out, new=True))
             check_out(out)  # another run may have come first

@@ -7,7 +7,7 @@
     python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
 
 Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends; what is there is not done again,
-and an interrupted run goes on from its last whole epoch. `tables.py` makes tables and figures of these files. The test
+and an interrupted run goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test
 set chooses nothing: an ingredient is chosen by the last table, and `schedule` compares readings of the assignment.
 """
 import contextlib
@@ -104,7 +104,7 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> 
     """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it."""
     div = LR_MAX / LR_MIN
     recipe = dict(wd=0.01, label_smoothing=0., div_final=div) | arm
-    learn = get_learner(dls, seed=seed, path=folder)
+    learn = get_learner(dls, seed=seed, path=folder, ema=0)
     learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
     learn.loss_func = CrossEntropyLossFlat(label_smoothing=recipe['label_smoothing'])
     file = folder/Checkpoint.file

@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import pickle
 import sys
@@ -101,6 +102,56 @@ def test_history_has_means_of_the_batches_and_the_test_sets_figures(dls, tmp_pat
         assert row['seconds'] > 0
     loss, acc = learn.validate()[-2:]
     assert (rows[-1]['test_loss'], rows[-1]['test_accuracy']) == pytest.approx((loss, acc))
+
+
+class Weights(Callback):
+    """The model's state after every step, and the last batch of log-probabilities of every test."""
+    def before_fit(self): self.steps, self.tested = [], []
+    def after_step(self): self.steps.append({k: v.clone() for k, v in self.model.state_dict().items()})
+    def after_validate(self): self.tested.append(self.pred.clone())
+
+
+def test_the_average_of_the_weights_is_tested_and_kept(dls, tmp_path):
+    learn = fit(get_learner(dls, 'fp32', path=tmp_path, ema=0.5), 4, cbs=(seen := Weights()))
+    expected = seen.steps[0]
+    for n, weights in enumerate(seen.steps[1:], 1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = {k: decay * expected[k] + (1 - decay) * weights[k] for k in weights}
+    kept = learn.model.state_dict()
+    for k in kept:
+        if not k.endswith('num_batches_tracked'): torch.testing.assert_close(kept[k], expected[k], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(kept['fc.weight'], seen.steps[-1]['fc.weight'])
+    assert learn.validate()[-2] == pytest.approx(learn.history.rows[-1]['test_loss'])
+
+
+def test_training_goes_on_from_the_last_steps_weights_whatever_is_tested(dls, tmp_path):
+    runs = []
+    for ema in (0, 0.9):
+        fit(get_learner(dls, 'fp32', path=tmp_path, ema=ema), 3, cbs=(seen := Weights()))
+        runs.append(seen)
+    for one, other in zip(runs[0].steps, runs[1].steps, strict=True):
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    assert not torch.equal(runs[0].tested[-1], runs[1].tested[-1])
+
+
+def test_without_averaging_the_last_steps_weights_are_kept(dls, tmp_path):
+    learn = fit(get_learner(dls, 'fp32', path=tmp_path, ema=0), cbs=(seen := Weights()))
+    kept = learn.model.state_dict()
+    assert all(torch.equal(kept[k], seen.steps[-1][k]) for k in kept)
+
+
+def test_a_test_that_is_interrupted_leaves_a_learner_that_trains_on(dls, tmp_path):
+    class Stop(Callback):
+        def before_batch(self):
+            if not self.training: raise KeyboardInterrupt
+    learn = get_learner(dls, 'fp32', path=tmp_path)
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Stop())
+    fit(learn, 2, cbs=(seen := Weights()))
+    assert not torch.equal(seen.steps[0]['fc.weight'], seen.steps[1]['fc.weight'])
+    assert learn.validate()[-2] == pytest.approx(learn.history.rows[-1]['test_loss'])
+    weights = {k: torch.zeros_like(v) for k, v in learn.model.state_dict().items()}
+    learn.model.load_state_dict(weights)  # what is tested now is this, not an average of earlier weights
+    assert learn.validate()[-2] == pytest.approx(math.log(3))
 
 
 def test_finder_predictions_and_bare_validation_are_no_training(trained):

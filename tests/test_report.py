@@ -4,7 +4,7 @@ from conftest import one_cycle
 from report import class_accuracies, most_confused, percent, run_report
 
 COUNTS, VOCAB = torch.tensor([[7, 2, 1], [0, 10, 0], [4, 1, 0]]), ['cat', 'd|g', 'eel']
-OPTIONS = dict(lr_min=None, final_div=1, taste=False)
+OPTIONS = dict(lr_min=None, final_div=1, ema=0.995, taste=False)
 METRICS = dict(parameters=6_573_130, lr_min=1.6e-4, lr_max=2.3e-3, epochs=24, batch_size=512, precision='bf16',
                device='cpu', train_accuracy=0.98, test_accuracy=0.9273, test_loss=0.24, first_epoch_over_90=16,
                seconds_training=3000.4, seconds_total=3600., train_images=50_000, test_images=10_000, classes=VOCAB,
@@ -37,7 +37,8 @@ def test_it_sets_what_was_done_beside_what_was_asked():
     for part in ('| parameters | 6,573,130 | 6,573,130 |', '| test accuracy, last epoch | 92.73% | 93.07% |',
                  '| training accuracy, last epoch | 98.00% | 98.60% |',
                  '| first epoch over 90% test accuracy | 16 | 19 |',
-                 '| epochs | 24 | 24 |', '| batch size | 512 | 512 |', '| test accuracy | 90% | 92.73% |',
+                 '| epochs | 24 | 24 |', 'moving average, decay 0.995 a step |',
+                 '| batch size | 512 | 512 |', '| test accuracy | 90% | 92.73% |',
                  '1.60·10⁻⁴ → 2.30·10⁻³ at epoch 5 of 24 → 1.60·10⁻⁴',
                  'peak at training batch 486', 'no annihilation', 'by `learn.lr_find`',
                  r'| d\|g | 10 | 100.0% | 76.9% |', 'eel → cat (4)', '8 of 10,000 test images', 'torch 2.14.1',
@@ -48,8 +49,8 @@ def test_it_sets_what_was_done_beside_what_was_asked():
 
 def test_it_says_what_was_different():
     text = report(first_epoch_over_90=None, train_accuracy=0.5,
-                  options=dict(lr_min=1.6e-4, final_div=100, taste=True))
+                  options=dict(lr_min=1.6e-4, final_div=100, ema=0, taste=True))
     for part in ('90% were asked, and not reached', '| first epoch over 90% test accuracy | none |', 'by hand',
-                 'A taste', '42.7 points below'): assert part in text, part
+                 'A taste', '42.7 points below', '| those of the last step |'): assert part in text, part
     assert 'lr_find.png' not in text
     assert 'no annihilation' not in text

@@ -194,7 +194,7 @@ def test_plain_fastai_from_here_on(folder, tmp_path):
     torch.testing.assert_close(again.predict(file)[2], probabilities)
 
 
-OPTIONS = dict(epochs=24, bs=512, seed=42, lr_min=None, lr_max=None, final_div=1)
+OPTIONS = dict(epochs=24, bs=512, seed=42, lr_min=None, lr_max=None, final_div=1, ema=0.995)
 BAD_OPTIONS = [
     (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'), (dict(bs=1), '--bs 1'),
     (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
@@ -203,6 +203,7 @@ BAD_OPTIONS = [
     (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
     (dict(final_div=0), '--final-div 0'), (dict(final_div=-1), '--final-div -1'),
     (dict(final_div=math.inf), '--final-div'), (dict(final_div=math.nan), '--final-div'),
+    (dict(ema=1), '--ema 1'), (dict(ema=-0.1), '--ema -0.1'), (dict(ema=math.nan), '--ema nan'),
 ]
 
 
@@ -411,6 +412,10 @@ def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsy
     for other in (dict(a=1), dict(epochs_done=1), torch.ones(2)):
         torch.save(other, file)
         assert 'is not of this program' in ends(capsys, 2, main, resume=str(tmp_path))
+    state = torch.load(whole/'checkpoint.pth', weights_only=True)
+    del state['options']['ema']
+    torch.save(state, file)
+    assert 'the run is of another version of this program' in ends(capsys, 2, main, resume=str(tmp_path))
     torch.save(dict(a=Path), file)
     assert 'holds more than weights' in ends(capsys, 2, main, resume=str(tmp_path))
 

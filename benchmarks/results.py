@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes the tables and figures of `docs/recipes/README.md` from the results of `recipes.py`, which lie beside it.
 
-    python benchmarks/tables.py
+    python benchmarks/results.py
 """
 import json
 import statistics
@@ -25,7 +25,7 @@ from train_fastai import PCT_START, save_figure
 
 HEAD = """# Repeated runs
 
-`python benchmarks/tables.py` made this page and its figures of the results in the folders beside it, which
+`python benchmarks/results.py` made this page and its figures of the results in the folders beside it, which
 `benchmarks/recipes.py` wrote, on the genuine CIFAR-10. ± is the standard deviation over the seeds; one run has none.
 Flip averaging: the accuracy by the mean log-probability of an image and its mirror image."""
 FIXED = f"""All else is equal, and the rates are fixed at

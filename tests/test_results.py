@@ -7,7 +7,7 @@ from conftest import ROOT, one_cycle
 from PIL import Image
 
 sys.path.insert(0, str(ROOT/'benchmarks'))
-import tables
+import results
 
 
 def put(folder, table, name, **result):
@@ -34,7 +34,7 @@ def test_the_published_page_is_that_of_the_published_results(tmp_path):
         to = tmp_path/file.relative_to(published)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(file.read_text())
-    tables.main(tmp_path)
+    results.main(tmp_path)
     assert (tmp_path/'README.md').read_text() == (published/'README.md').read_text()
     drawn = {f.name for f in tmp_path.glob('*.png')}
     assert drawn == {f.name for f in published.glob('*.png')}
@@ -44,7 +44,7 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path):
     for seed, share in ((9, 0.91), (10, 0.93)):
         put(tmp_path, 'seeds/24', f'experiment-{seed}', seed=seed, lr_min=1e-4, lr_max=seed * 1e-4, train_accuracy=0.98,
             test_accuracy=share, test_accuracy_flip=share + 0.01, first_epoch_over_90=seed + 5)
-    text = tables.page(tmp_path)
+    text = results.page(tmp_path)
     assert text.index('| 9 |') < text.index('| 10 |')
     assert row(text, 9) == ['1.00·10⁻⁴', '9.00·10⁻⁴', '98.00 %', '91.00 %', '92.00 %', '14']
     assert row(text, 'mean ± sd, N = 2')[3:5] == [f'92.00 ± {math.sqrt(2):.2f} %', f'93.00 ± {math.sqrt(2):.2f} %']
@@ -54,7 +54,7 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path):
 def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
     for name, seed, share in (('plain', 1, 0.90), ('plain', 2, 0.92), ('wd-0.5', 2, 0.93), ('wd-0.5', 3, 0.97)):
         put(tmp_path, 'ingredients/24', f'{name}-{seed}', **trained(share, seed, 10))
-    text = tables.page(tmp_path)
+    text = results.page(tmp_path)
     plain, other = (row(text, f'{name} (training accuracy 98.00 ± 0.00 %)') for name in ('plain', 'wd-0.5'))
     assert plain == ['1, 2', '91.00 ± 1.41 %', '', '92.00 ± 1.41 %']
     assert other == ['2, 3', '95.00 ± 2.83 %', '+1.00', '96.00 ± 2.83 %']
@@ -65,12 +65,12 @@ def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
 def test_the_schedules_are_drawn_as_trained(tmp_path):
     ends = {'ends-at-lrmin': 10, 'div-final-1-holds-lrmax': 1, 'div-final-1e5-annihilates': 1e5}
     for name, div_final in ends.items(): put(tmp_path, 'schedule/8', f'{name}-1', **trained(0.9, 1, div_final))
-    ax, = tables.schedule_figure(tables.load(tmp_path/'schedule/8', ends)).axes
+    ax, = results.schedule_figure(results.load(tmp_path/'schedule/8', ends)).axes
     for line, div_final in zip(ax.lines, ends.values(), strict=True):
         epoch, lr = line.get_data()
         assert (epoch[0], epoch[-1], lr[-1]) == (0, 8, pytest.approx(1e-3 / div_final))
         for i in (0, 100, 300, 900): assert lr[i] == pytest.approx(one_cycle(i, 1000, 1e-4, 1e-3, div_final / 10))
-    assert 'schedule-8.png' in tables.page(tmp_path)
+    assert 'schedule-8.png' in results.page(tmp_path)
     assert Image.open(tmp_path/'schedule-8.png').size[0] > 500
 
 
@@ -78,9 +78,9 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
     for seed, at in ((1, 1e-3), (2, 4e-3)):
         put(tmp_path, 'finder', f'lr-find-{seed}', seed=seed, lrs=[1e-4, 1e-3, 4e-3, 1e-1], losses=[2., 1., 0.5, 3.],
             valley=1e-4, minimum=at, steep=1e-4, slide=1e-4)
-    text = tables.page(tmp_path)
+    text = results.page(tmp_path)
     assert row(text, 'largest / smallest') == ['1', '4', '1', '1']
-    ax, = tables.finder_figure(tables.load(tmp_path/'finder', ['lr-find'])['lr-find']).axes
+    ax, = results.finder_figure(results.load(tmp_path/'finder', ['lr-find'])['lr-find']).axes
     marks = [tuple(float(o[0]) for o in line.get_data()) for line in ax.lines if line.get_marker() == 's']
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
     assert '![Finder](finder.png)' in text
