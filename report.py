@@ -76,6 +76,7 @@ def run_report(m: dict, command: str, history: list[dict], schedule: list[dict],
     peak, per_epoch = max(schedule, key=lambda row: row['lr']), len(schedule) // m['epochs']
     start, top, end = rate(schedule[0]['lr']), rate(peak['lr']), rate(schedule[-1]['lr'])
     finder, over = not o['lr_min'], m['first_epoch_over_90']
+    average = ', from the average of the weights' if o['ema'] else ''
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
     confused = ', '.join(f'{escaped(a)} → {escaped(p)} ({k})' for a, p, k in most_confused(counts, vocab, 3))
 
@@ -131,8 +132,8 @@ Momentum goes the other way.*
 *From the first to the last epoch the training loss goes from {one['train_loss']:.3f} to {last['train_loss']:.3f},
 the test loss from {one['test_loss']:.3f} to {last['test_loss']:.3f}. At the end the training accuracy lies
 {abs(gap):.1f} points {'above' if gap > 0 else 'below'} the test accuracy. Training figures are means over an epoch's
-batches as trained on, augmented and with the weights of that moment; test figures come after the epoch. The numbers are
-in [history.csv](history.csv).*
+batches as trained on, augmented and with the weights of that moment; test figures come after the epoch{average}.
+The numbers are in [history.csv](history.csv).*
 
 ## What it knows
 

@@ -59,7 +59,9 @@ def test_every_command_runs(folder, tmp_path, monkeypatch):
         'python train_fastai.py --resume runs/X': '', 'python predict.py runs/X cat.png dog.jpg': '',
         'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X ~/.fastai/data/cifar10/test': ''}
     elsewhere = {
-        'python train_fastai.py', 'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
+        'python train_fastai.py', 'python train_fastai.py --ema 0',
+        'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
+        'python benchmarks/recipes.py ingredients --seeds 42', 'python benchmarks/results.py',  # test_recipes.py …
         'python benchmarks/speed.py', 'python -m pytest', 'pip install -r requirements.txt',  # test_speed.py, .ci/run
         'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
     assert set(commands) == set(added) | elsewhere

@@ -38,6 +38,7 @@ def test_it_sets_what_was_done_beside_what_was_asked():
                  '| training accuracy, last epoch | 98.00% | 98.60% |',
                  '| first epoch over 90% test accuracy | 16 | 19 |',
                  '| epochs | 24 | 24 |', 'moving average, decay 0.995 a step |',
+                 'come after the epoch, from the average of the weights.',
                  '| batch size | 512 | 512 |', '| test accuracy | 90% | 92.73% |',
                  '1.60·10⁻⁴ → 2.30·10⁻³ at epoch 5 of 24 → 1.60·10⁻⁴',
                  'peak at training batch 486', 'no annihilation', 'by `learn.lr_find`',
@@ -51,6 +52,7 @@ def test_it_says_what_was_different():
     text = report(first_epoch_over_90=None, train_accuracy=0.5,
                   options=dict(lr_min=1.6e-4, final_div=100, ema=0, taste=True))
     for part in ('90% were asked, and not reached', '| first epoch over 90% test accuracy | none |', 'by hand',
-                 'A taste', '42.7 points below', '| those of the last step |'): assert part in text, part
+                 'A taste', '42.7 points below', '| those of the last step |', 'come after the epoch.'):
+        assert part in text, part
     assert 'lr_find.png' not in text
     assert 'no annihilation' not in text
