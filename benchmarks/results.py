@@ -68,7 +68,7 @@ def finder_table(runs: list[dict]) -> str:
     """A row a seed: what fastai reads from its finder's curve."""
     rows = [(r['seed'], *(rate(r[k]) for k in SUGGESTIONS)) for r in runs]
     factors = [max(r[k] for r in runs) / min(r[k] for r in runs) for k in SUGGESTIONS]
-    rows.append(('largest / smallest', *(f'{o:,.3g}' for o in factors)))
+    rows.append(('largest / smallest', *(f'{o:,.0f}' if o > 1000 else f'{o:.3g}' for o in factors)))
     return table(f'| seed | {" | ".join(SUGGESTIONS.values())} |\n|---|--:|--:|--:|--:|', rows)
 
 

@@ -41,6 +41,22 @@ def test_its_numbers_are_those_of_the_published_run():
     for rate in ('lr_min', 'lr_max'): assert f'{m[rate]:.2e}'.replace('e-0', 'e-') in README
 
 
+def test_its_other_numbers_are_those_of_the_published_results():
+    runs = {f.stem: json.loads(f.read_text()) for f in (ROOT/'docs/recipes/ingredients/24').glob('*.json')}
+    plain, *others = (runs[f'{name}-42'] for name in ('plain', 'wd-0.1', 'wd-0.5'))
+    gains = sorted(100 * (r['averages']['0.995']['accuracy'] - r['accuracy']) for r in (plain, *others))
+    text = ' '.join(README.split())
+    assert 'gained {:.2f}, {:.2f} and {:.2f} points in three runs'.format(*gains) in text
+    decay = [100 * (r['accuracy'] - plain['accuracy']) for r in others]
+    assert '0.1 and 0.5 instead of 0.01 gained {:.2f} and {:.2f} points'.format(*decay) in text
+    found = [json.loads(f.read_text()) for f in (ROOT/'docs/recipes/finder').glob('*.json')]
+    factors = [max(r[k] for r in found) / min(r[k] for r in found) for k in ('valley', 'minimum', 'steep', 'slide')]
+    assert 'factors of {:.1f} and {:.1f}'.format(*factors[:2]) in text
+    assert 'over factors of {:.0f} and {:,.0f}'.format(*factors[2:]) in text
+    words = dict(enumerate('zero one two three four five six seven eight nine'.split()))
+    assert f'Under {words[len(found)]} seeds' in text
+
+
 def test_every_link_leads_somewhere():
     links = [link for link in re.findall(r'\]\((.*?)\)', README) if not link.startswith('https://')]
     assert len(links) > 5
