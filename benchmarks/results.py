@@ -43,7 +43,7 @@ SUGGESTIONS = dict(valley='`valley` (LRMIN)', minimum='`minimum` (LRMAX)', steep
 
 def load(folder: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     """The results in `folder` of those of the `arms` that have any, each in the order of its seeds."""
-    found = {a: [json.loads(f.read_text()) for f in folder.glob(f'{a}-*.json') if f.stem[len(a) + 1:].isdecimal()]
+    found = {a: [json.loads(f.read_text()) for f in folder.glob('*.json') if f.stem.rpartition('-')[0] == a]
              for a in arms}
     return {a: sorted(runs, key=lambda r: r['seed']) for a, runs in found.items() if runs}
 
