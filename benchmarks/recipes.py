@@ -6,8 +6,8 @@
     python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, by the test set
     python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
 
-Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends; what is there is not done again,
-and an interrupted run goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test
+Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends (`<epochs>-every-4-bs-128` with
+`--every 4 --bs 128`); what is there is not done again, and an interrupted run goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test
 set chooses nothing: an ingredient is chosen by the last table, and `schedule` compares readings of the assignment.
 """
 import contextlib
@@ -113,7 +113,7 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> 
     learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
                         cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
     if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
-    return dict(recipe, seed=seed, epochs=epochs, lr_min=LR_MIN, lr_max=LR_MAX, train_images=len(dls.train_ds),
+    return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=LR_MIN, lr_max=LR_MAX, train_images=len(dls.train_ds),
                 test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
                 **accuracies(learn, learn.model),
                 averages={d: accuracies(learn, model) for d, model in averages.models.items()})
@@ -126,17 +126,19 @@ def main(
     seeds: str = '42',  # separated by commas
     epochs: int = 24,  # passes over the training images
     bs: int = 512,  # batch size
+    every: int = 1,  # of each class only one image in this many is used; not in `seeds`
     data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
     out: str = 'runs/recipes',  # folder for the results
 ):
     "Train the arms of a table with every seed and write what came of it as JSON."
-    out = Path(out)/table/('' if table == 'finder' else f'{epochs}')
+    size = f'{epochs}' + (f'-every-{every}' if every > 1 else '') + (f'-bs-{bs}' if bs != 512 else '')
+    out = Path(out)/table/('' if table == 'finder' else size)
     names = arms.split(',') if arms else [*ARMS[table]]
     if unknown := set(names) - ARMS[table].keys(): raise SystemExit(f'--arms: no {", ".join(unknown)} in {table}')
     with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
         if table == 'ingredients': path = hold_out(path, Path(tmp))
-        dls = None if table == 'seeds' else get_dls(path, bs)
+        dls = None if table == 'seeds' else get_dls(path, bs, every=every)
         for seed, name in itertools.product(map(int, seeds.split(',')), names):
             file = out/f'{name}-{seed}.json'
             if file.exists(): continue
