@@ -6,9 +6,10 @@
     python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, by the test set
     python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
 
-Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends (`<epochs>-every-4-bs-128` with
-`--every 4 --bs 128`); what is there is not done again, and an interrupted run goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test
-set chooses nothing: an ingredient is chosen by the last table, and `schedule` compares readings of the assignment.
+Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends, where `<epochs>` has `-every-4`
+and `-bs-128` added with such options; what is there is not done again, and an interrupted run goes on from its last
+whole epoch. `results.py` makes tables and figures of these files. The test set chooses nothing: an ingredient is chosen
+by the last table, and `schedule` compares readings of the assignment.
 """
 import contextlib
 import json
@@ -113,8 +114,8 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> 
     learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
                         cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
     if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
-    return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=LR_MIN, lr_max=LR_MAX, train_images=len(dls.train_ds),
-                test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
+    return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=LR_MIN, lr_max=LR_MAX,
+                train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
                 **accuracies(learn, learn.model),
                 averages={d: accuracies(learn, model) for d, model in averages.models.items()})
 

@@ -97,7 +97,7 @@ def schedule_figure(arms: dict[str, list[dict]]) -> Figure:
         ax.plot([r['epochs'] * o for o in shares], [float(cycle(o)) for o in shares], style, linewidth=2,
                 label=f'{name}: {spread([o["accuracy"] for o in runs])}')
     ax.set(xlabel='epoch', ylabel='learning rate', ylim=(0, 1.4 * r['lr_max']),
-           title=f'Three ends of the cycle, test accuracy after {r["epochs"]} epochs')
+           title=f'Three ends of the cycle, test accuracy after {r["epochs"]} epochs of {r["train_images"]:,} images')
     ax.legend(loc='upper right')
     ax.grid(alpha=0.3)
     return fig
@@ -127,12 +127,17 @@ def page(folder: Path) -> str:
         for files in sorted({f.parent for f in folder.glob(f'{name}/**/*.json')}):
             arms, title, figure = load(files, ARMS[name]), name.capitalize(), None
             runs = next(iter(arms.values()))
+            seeds = sorted({r['seed'] for runs in arms.values() for r in runs})
+            command = f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}'
             if name == 'finder': numbers, figure = finder_table(runs), finder_figure(runs)
             elif name == 'seeds': numbers = seeds_table(runs)
             else: numbers = recipes_table(arms)
-            if name != 'finder': title += f', {files.name} epochs'
+            if name != 'finder':
+                r = runs[0]
+                title += f', {r["epochs"]} epochs of {r["train_images"]:,} images, tested on {r["test_images"]:,}'
+                command += f' --epochs {files.name}'.replace('-every-', ' --every ').replace('-bs-', ' --bs ')
             if name == 'schedule': figure = schedule_figure(arms)
-            parts += [f'## {title}', words, numbers]
+            parts += [f'## {title}', f'```\n{command}\n```', words, numbers]
             if figure:
                 png = files.relative_to(folder).with_suffix('.png').as_posix().replace('/', '-')
                 save_figure(figure, folder/png)

@@ -24,7 +24,7 @@ def test_every_arm_leaves_its_result_and_is_not_done_again(tmp_path, table, imag
     path = make_folder(tmp_path/'d', train=20)
     options = dict(data=path, out=tmp_path/'out', epochs=1, bs=16)
     recipes.main(table, **options)
-    files = sorted((tmp_path/'out'/table/'1').iterdir())
+    files = sorted((tmp_path/'out'/table/'1-bs-16').iterdir())
     assert [f.name for f in files] == [f'{arm}-42.json' for arm in ARMS[table]]
     results = [json.loads(f.read_text()) for f in files]
     for r in results:
@@ -41,9 +41,17 @@ def test_every_arm_leaves_its_result_and_is_not_done_again(tmp_path, table, imag
 def test_the_arms_that_are_named_and_no_others(tmp_path):
     options = dict(data=make_folder(tmp_path/'d', train=20), out=tmp_path/'out', epochs=1, bs=16)
     recipes.main('ingredients', arms='wd-0.5', seeds='1,2', **options)
-    assert sorted(f.name for f in (tmp_path/'out/ingredients/1').iterdir()) == ['wd-0.5-1.json', 'wd-0.5-2.json']
+    assert sorted(f.name for f in (tmp_path/'out/ingredients/1-bs-16').iterdir()) == ['wd-0.5-1.json', 'wd-0.5-2.json']
     with pytest.raises(SystemExit, match='--arms: no wd-7 in ingredients'):
         recipes.main('ingredients', arms='plain,wd-7', **options)
+
+
+def test_a_share_of_the_images_has_results_of_its_own(tmp_path):
+    options = dict(data=make_folder(tmp_path/'d', train=20), out=tmp_path/'out', epochs=1, bs=8)
+    recipes.main('schedule', arms='ends-at-lrmin', every=2, **options)
+    file = tmp_path/'out/schedule/1-every-2-bs-8/ends-at-lrmin-42.json'
+    r = json.loads(file.read_text())
+    assert (r['train_images'], r['test_images'], r['batch_size']) == (30, 6, 8)
 
 
 def test_the_finder_gives_what_the_experiment_takes(tmp_path):
@@ -60,7 +68,7 @@ def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(tmp_pat
     options = dict(data=make_folder(tmp_path/'d', train=20), bs=16, epochs=2, seed=5)
     train_fastai.main(**options, out=tmp_path/'alone')
     alone = json.loads((tmp_path/'alone/metrics.json').read_text())
-    folder = tmp_path/'seeds/2/experiment-5'
+    folder = tmp_path/'seeds/2-bs-16/experiment-5'
     with monkeypatch.context() as m:
         m.setattr(figures, 'history', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))  # with all epochs done
         with pytest.raises(SystemExit): recipes.experiment(**options, folder=folder)

@@ -18,8 +18,8 @@ def put(folder, table, name, **result):
 
 def trained(accuracy, seed, div_final):
     share = dict(accuracy=accuracy, accuracy_flip=accuracy + 0.01)
-    return dict(share, seed=seed, epochs=8, lr_min=1e-4, lr_max=1e-3, div_final=div_final,
-                history=[dict(train_accuracy=0.5), dict(train_accuracy=0.98)],
+    return dict(share, seed=seed, epochs=8, train_images=12500, test_images=2500, lr_min=1e-4, lr_max=1e-3,
+                div_final=div_final, history=[dict(train_accuracy=0.5), dict(train_accuracy=0.98)],
                 averages={'0.99': {k: v + 0.002 for k, v in share.items()}})
 
 
@@ -42,8 +42,9 @@ def test_the_published_page_is_that_of_the_published_results(tmp_path):
 
 def test_seeds_have_a_mean_and_a_deviation(tmp_path):
     for seed, share in ((9, 0.91), (10, 0.93)):
-        put(tmp_path, 'seeds/24', f'experiment-{seed}', seed=seed, lr_min=1e-4, lr_max=seed * 1e-4, train_accuracy=0.98,
-            test_accuracy=share, test_accuracy_flip=share + 0.01, first_epoch_over_90=seed + 5)
+        put(tmp_path, 'seeds/24', f'experiment-{seed}', seed=seed, lr_min=1e-4, lr_max=seed * 1e-4, epochs=24,
+            train_images=50000, test_images=10000, train_accuracy=0.98, test_accuracy=share,
+            test_accuracy_flip=share + 0.01, first_epoch_over_90=seed + 5)
     text = results.page(tmp_path)
     assert text.index('| 9 |') < text.index('| 10 |')
     assert row(text, 9) == ['1.00·10⁻⁴', '9.00·10⁻⁴', '98.00 %', '91.00 %', '92.00 %', '14']
@@ -64,14 +65,18 @@ def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
 
 def test_the_schedules_are_drawn_as_trained(tmp_path):
     ends = {'ends-at-lrmin': 10, 'div-final-1-holds-lrmax': 1, 'div-final-1e5-annihilates': 1e5}
-    for name, div_final in ends.items(): put(tmp_path, 'schedule/8', f'{name}-1', **trained(0.9, 1, div_final))
-    ax, = results.schedule_figure(results.load(tmp_path/'schedule/8', ends)).axes
+    size = '8-every-4-bs-128'
+    for name, div_final in ends.items(): put(tmp_path, f'schedule/{size}', f'{name}-1', **trained(0.9, 1, div_final))
+    ax, = results.schedule_figure(results.load(tmp_path/'schedule'/size, ends)).axes
     for line, div_final in zip(ax.lines, ends.values(), strict=True):
         epoch, lr = line.get_data()
         assert (epoch[0], epoch[-1], lr[-1]) == (0, 8, pytest.approx(1e-3 / div_final))
         for i in (0, 100, 300, 900): assert lr[i] == pytest.approx(one_cycle(i, 1000, 1e-4, 1e-3, div_final / 10))
-    assert 'schedule-8.png' in results.page(tmp_path)
-    assert Image.open(tmp_path/'schedule-8.png').size[0] > 500
+    text = results.page(tmp_path)
+    assert f'schedule-{size}.png' in text
+    assert '\n## Schedule, 8 epochs of 12,500 images, tested on 2,500\n' in text
+    assert '\npython benchmarks/recipes.py schedule --seeds 1 --epochs 8 --every 4 --bs 128\n' in text
+    assert Image.open(tmp_path/f'schedule-{size}.png').size[0] > 500
 
 
 def test_the_finders_rates_lie_on_its_curves(tmp_path):
