@@ -115,8 +115,8 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> 
                         cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
     if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
     return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=LR_MIN, lr_max=LR_MAX,
-                train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device), history=learn.history.rows,
-                **accuracies(learn, learn.model),
+                train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
+                history=learn.history.rows, **accuracies(learn, learn.model),
                 averages={d: accuracies(learn, model) for d, model in averages.models.items()})
 
 
