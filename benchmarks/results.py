@@ -35,7 +35,8 @@ WORDS = dict(
     seeds="`python train_fastai.py` as it is, under several seeds; each run finds its own learning rates.",
     finder="What fastai reads from its finder's curve; the experiment uses the first two columns.",
     schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
-literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. {FIXED}""",
+literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation.
+{FIXED}""",
     ingredients=f"""Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
 chooses nothing. A recipe's name says how it differs from the first. {FIXED}""")
 SUGGESTIONS = dict(valley='`valley` (LRMIN)', minimum='`minimum` (LRMAX)', steep='`steep`', slide='`slide`')

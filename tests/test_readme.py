@@ -49,6 +49,15 @@ def test_its_other_numbers_are_those_of_the_published_results():
     assert 'gained {:.2f}, {:.2f} and {:.2f} points in three runs'.format(*gains) in text
     decay = [100 * (r['accuracy'] - plain['accuracy']) for r in others]
     assert '0.1 and 0.5 instead of 0.01 gained {:.2f} and {:.2f} points'.format(*decay) in text
+    folder = ROOT/'docs/recipes/schedule/8-every-4-bs-128'
+    lr_min, holds, annihilates = (json.loads((folder/f'{name}-42.json').read_text()) for name in
+                                  ('ends-at-lrmin', 'div-final-1-holds-lrmax', 'div-final-1e5-annihilates'))
+    assert f'LRMIN named {lr_min["accuracy"]:.2%} of {lr_min["test_images"]:,} test'.replace('%', ' %') in text
+    assert f'(see below), {holds["accuracy"]:.2%}, '.replace('%', ' %') in text
+    assert f'annihilating the rate {annihilates["accuracy"]:.2%}.'.replace('%', ' %') in text
+    assert f'error of {100 * (lr_min["accuracy"] * (1 - lr_min["accuracy"]) / 2500)**0.5:.1f} points' in text
+    gains = [100 * (lr_min['averages'][d]['accuracy'] - lr_min['accuracy']) for d in ('0.99', '0.995')]
+    assert f'decay 0.99 gained {gains[0]:.2f} points and one of 0.995 lost {-gains[1]:.2f}:' in text
     found = [json.loads(f.read_text()) for f in (ROOT/'docs/recipes/finder').glob('*.json')]
     factors = [max(r[k] for r in found) / min(r[k] for r in found) for k in ('valley', 'minimum', 'steep', 'slide')]
     assert 'factors of {:.1f} and {:.1f}'.format(*factors[:2]) in text
@@ -76,7 +85,9 @@ def test_every_command_runs(folder, tmp_path, monkeypatch):
     elsewhere = {
         'python train_fastai.py', 'python train_fastai.py --ema 0',
         'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
-        'python benchmarks/recipes.py ingredients --seeds 42', 'python benchmarks/results.py',  # test_recipes.py …
+        'python benchmarks/recipes.py ingredients --seeds 42',
+        'python benchmarks/recipes.py schedule --seeds 42 --epochs 8 --every 4 --bs 128',
+        'python benchmarks/results.py',  # test_recipes.py …
         'python benchmarks/speed.py', 'python -m pytest', 'pip install -r requirements.txt',  # test_speed.py, .ci/run
         'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
     assert set(commands) == set(added) | elsewhere
