@@ -10,7 +10,7 @@ def test_it_runs_from_top_to_bottom_on_a_small_folder_and_shows_its_figures(fold
     for file in ROOT.glob('*.py'): (tmp_path/file.name).symlink_to(file)
     nb = nbformat.read(NOTEBOOK, as_version=4)
     settings = nb.cells[1]
-    for old, new in (('data = None', f'data = {str(folder)!r}'), ('1, 24, 512', '1, 3, 8')):
+    for old, new in (('data = None', f'data = {str(folder)!r}'), ('1, 24, 512', '1, 3, 6')):
         assert settings.source.count(old) == 1
         settings.source = settings.source.replace(old, new)
     NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(tmp_path)))).execute()

@@ -79,7 +79,7 @@ def test_every_command_runs(folder, tmp_path, monkeypatch):
     shown = [command.strip() for line in lines for command in line.split('&&')]
     commands = [c for c in shown if c.startswith(('python ', 'pip ', 'conda '))]
     added = {
-        'python train_fastai.py --taste': f'--data {folder} --bs 2',
+        'python train_fastai.py --taste': f'--data {folder} --bs 2 --lr-min 1e-4 --lr-max 1e-3',
         'python train_fastai.py --resume runs/X': '', 'python predict.py runs/X cat.png dog.jpg': '',
         'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X ~/.fastai/data/cifar10/test': ''}
     elsewhere = {
