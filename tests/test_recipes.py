@@ -56,19 +56,19 @@ def test_a_share_of_the_images_has_results_of_its_own(tmp_path):
 
 def test_the_finder_gives_what_the_experiment_takes(tmp_path):
     path = make_folder(tmp_path/'d', train=20)
-    recipes.main('finder', seeds='3', data=path, out=tmp_path, bs=16)
+    recipes.main('finder', seeds='3', data=path, out=tmp_path, bs=6)
     assert [f.name for f in (tmp_path/'finder').iterdir()] == ['lr-find-3.json']
     r = json.loads((tmp_path/'finder/lr-find-3.json').read_text())
-    assert (r['valley'], r['minimum']) == find_lrs(get_learner(get_dls(path, bs=16), seed=3, path=tmp_path))
+    assert (r['valley'], r['minimum']) == find_lrs(get_learner(get_dls(path, bs=6), seed=3, path=tmp_path))
     assert len(r['lrs']) == len(r['losses']) > 50
     assert {'steep', 'slide', 'seed', 'device'} < r.keys()
 
 
 def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    options = dict(data=make_folder(tmp_path/'d', train=20), bs=16, epochs=2, seed=5)
+    options = dict(data=make_folder(tmp_path/'d', train=20), bs=6, epochs=2, seed=5)
     train_fastai.main(**options, out=tmp_path/'alone')
     alone = json.loads((tmp_path/'alone/metrics.json').read_text())
-    folder = tmp_path/'seeds/2-bs-16/experiment-5'
+    folder = tmp_path/'seeds/2-bs-6/experiment-5'
     with monkeypatch.context() as m:
         m.setattr(figures, 'history', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))  # with all epochs done
         with pytest.raises(SystemExit): recipes.experiment(**options, folder=folder)
