@@ -29,7 +29,8 @@ HEAD = """# Repeated runs
 `benchmarks/recipes.py` wrote, on the genuine CIFAR-10. ± is the standard deviation over the seeds; one run has none.
 Flip averaging: the accuracy by the mean log-probability of an image and its mirror image."""
 FIXED = f"""All else is equal, and the rates are fixed at
-{rate(LR_MIN)} and {rate(LR_MAX)}. Each run also keeps exponential moving averages of its weights, step by step.
+{rate(LR_MIN)} and {rate(LR_MAX)}. Each run also keeps exponential moving averages of its weights, from
+the first step on: after a short run, a long average still holds the beginnings.
 "More than the first" is the mean over the seeds that both have, in points."""
 WORDS = dict(
     seeds="`python train_fastai.py` as it is, under several seeds; each run finds its own learning rates.",
