@@ -31,7 +31,7 @@ Flip averaging: the accuracy by the mean log-probability of an image and its mir
 FIXED = f"""All else is equal, and the rates are fixed at
 {rate(LR_MIN)} and {rate(LR_MAX)}. Each run also keeps exponential moving averages of its weights, from
 the first step on: after a short run, a long average still holds the beginnings.
-"More than the first" is the mean over the seeds that both have, in points."""
+"More than the first" is over the seeds that both have, in points."""
 WORDS = dict(
     seeds="`python train_fastai.py` as it is, under several seeds; each run finds its own learning rates.",
     finder="What fastai reads from its finder's curve; the experiment uses the first two columns.",
@@ -50,18 +50,23 @@ def load(folder: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     return {a: sorted(runs, key=lambda r: r['seed']) for a, runs in found.items() if runs}
 
 
-def spread(shares: list[float]) -> str:
-    """Mean ± standard deviation of accuracies, as 92.73 ± 0.15 %; one alone has no deviation."""
-    sd = f' ± {100 * statistics.stdev(shares):.2f}' if len(shares) > 1 else ''
-    return f'{100 * statistics.mean(shares):.2f}{sd} %'
+def spread(values: list[float], form: str = '.2f') -> str:
+    """Mean ± standard deviation, as 92.73 ± 0.15; one value alone has no deviation."""
+    sd = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):{form}}{sd}'
+
+
+def mean_accuracy(shares: list[float]) -> str:
+    """`spread` of accuracies between 0 and 1, as 92.73 ± 0.15 %."""
+    return f'{spread([100 * share for share in shares])} %'
 
 
 def seeds_table(runs: list[dict]) -> str:
     """A row a run of train_fastai.py, and their mean."""
     shares = 'train_accuracy', 'test_accuracy', 'test_accuracy_flip'
-    rows = [(r['seed'], rate(r['lr_min']), rate(r['lr_max']), *(spread([r[k]]) for k in shares),
+    rows = [(r['seed'], rate(r['lr_min']), rate(r['lr_max']), *(mean_accuracy([r[k]]) for k in shares),
              r['first_epoch_over_90'] or 'none') for r in runs]
-    rows.append((f'mean ± sd, N = {len(runs)}', '', '', *(spread([r[k] for r in runs]) for k in shares), ''))
+    rows.append((f'mean ± sd, N = {len(runs)}', '', '', *(mean_accuracy([r[k] for r in runs]) for k in shares), ''))
     head = 'seed', 'LRMIN', 'LRMAX', 'training accuracy', 'test accuracy', 'flip averaging', 'first epoch over 90 %'
     return table(f'| {" | ".join(head)} |\n|---|--:|--:|--:|--:|--:|--:|', rows)
 
@@ -79,14 +84,15 @@ def recipes_table(arms: dict[str, list[dict]]) -> str:
     rows, first = [], {r['seed']: r['accuracy'] for r in next(iter(arms.values()))}
     for name, runs in arms.items():
         last = [r['history'][-1]['train_accuracy'] for r in runs]
-        means = {f'{name} (training accuracy {spread(last)})': runs}
+        means = {f'{name} (training accuracy {mean_accuracy(last)})': runs}
         means |= {f'… weights averaged, decay {d}': [r['averages'][d] | dict(seed=r['seed']) for r in runs]
                                                     for d in runs[0]['averages']}
         for what, results in means.items():
             gains = [100 * (r['accuracy'] - first[r['seed']]) for r in results if r['seed'] in first]
-            rows.append((what, ', '.join(f'{r["seed"]}' for r in results), spread([r['accuracy'] for r in results]),
-                         f'{statistics.mean(gains):+.2f}' if gains and rows else '',
-                         spread([r['accuracy_flip'] for r in results])))
+            seeds = ', '.join(f'{r["seed"]}' for r in results)
+            rows.append((what, seeds, mean_accuracy([r['accuracy'] for r in results]),
+                         spread(gains, '+.2f') if gains and rows else '',
+                         mean_accuracy([r['accuracy_flip'] for r in results])))
     return table('| recipe | seeds | accuracy | more than the first | flip averaging |\n|---|---|--:|--:|--:|', rows)
 
 
@@ -97,7 +103,7 @@ def schedule_figure(arms: dict[str, list[dict]]) -> Figure:
         r, shares = runs[0], [i / 1000 for i in range(1001)]
         cycle = combined_cos(PCT_START, r['lr_min'], r['lr_max'], r['lr_max'] / r['div_final'])
         ax.plot([r['epochs'] * o for o in shares], [float(cycle(o)) for o in shares], style, linewidth=2,
-                label=f'{name}: {spread([o["accuracy"] for o in runs])}')
+                label=f'{name}: {mean_accuracy([o["accuracy"] for o in runs])}')
     ax.set(xlabel='epoch', ylabel='learning rate', ylim=(0, 1.4 * r['lr_max']),
            title=f'Three ends of the cycle, test accuracy after {r["epochs"]} epochs of {r["train_images"]:,} images')
     ax.legend(loc='upper right')

@@ -55,7 +55,8 @@ def test_its_other_numbers_are_those_of_the_published_results():
     assert f'LRMIN named {lr_min["accuracy"]:.2%} of {lr_min["test_images"]:,} test'.replace('%', ' %') in text
     assert f'(see below), {holds["accuracy"]:.2%}, '.replace('%', ' %') in text
     assert f'annihilating the rate {annihilates["accuracy"]:.2%}.'.replace('%', ' %') in text
-    assert f'error of {100 * (lr_min["accuracy"] * (1 - lr_min["accuracy"]) / 2500)**0.5:.1f} points' in text
+    p, n = lr_min['accuracy'], lr_min['test_images']
+    assert f'error of {100 * (p * (1 - p) / n)**0.5:.1f} points' in text
     gains = [100 * (lr_min['averages'][d]['accuracy'] - lr_min['accuracy']) for d in ('0.99', '0.995')]
     assert f'decay 0.99 gained {gains[0]:.2f} points and one of 0.995 lost {-gains[1]:.2f}:' in text
     found = [json.loads(f.read_text()) for f in (ROOT/'docs/recipes/finder').glob('*.json')]

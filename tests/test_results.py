@@ -60,7 +60,7 @@ def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
     assert plain == ['1, 2', '91.00 ± 1.41 %', '', '92.00 ± 1.41 %']
     assert other == ['2, 3', '95.00 ± 2.83 %', '+1.00', '96.00 ± 2.83 %']
     averages = [line.split('|')[4].strip() for line in text.splitlines() if 'weights averaged, decay' in line]
-    assert averages == ['+0.20', '+1.20']
+    assert averages == ['+0.20 ± 0.00', '+1.20']
 
 
 def test_the_schedules_are_drawn_as_trained(tmp_path):
