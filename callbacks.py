@@ -68,9 +68,10 @@ class History(TrainingCallback):
         self.recorder.log[:2] = [len(self.rows) + 1, self.train_loss.value.item()]
 
     def after_validate(self):
-        row = [*self.recorder.log, time.perf_counter() - self.start]
-        if len(row) == len(self.columns):  # a bare `learn.validate()` has no training half
-            self.rows.append(dict(zip(self.columns, row, strict=True)))
+        names, log = self.recorder.metric_names, self.recorder.log
+        if len(log) < len(names) - 1: return  # a bare `learn.validate()` has no training half
+        named = dict(zip(names, log, strict=False), seconds=time.perf_counter() - self.start)
+        self.rows.append({c: named.get(c.replace('test', 'valid'), float('nan')) for c in self.columns})
 
 
 class FinalPredictions(TrainingCallback):
@@ -128,10 +129,12 @@ class StopOnNaN(TrainingCallback):
     order = Recorder.order - 1
     where = None
 
-    def before_fit(self): self.where = None
+    def before_fit(self): self.where, self.begun = None, False
+
+    def before_train(self): self.begun = True
 
     def after_batch(self):
-        if torch.isfinite(self.loss): return
+        if torch.isfinite(self.loss) or not self.begun: return  # a bare `learn.validate()` has nothing to end
         if self.training: self.where = f'batch {self.iter + 1} of {self.n_iter} of epoch {self.epoch + 1}'
         else: self.where = f'the test after epoch {self.epoch + 1}'
         raise CancelFitException
@@ -142,6 +145,7 @@ class WeightAverage(TrainingCallback):
 
     An LR that is not annihilated leaves the weights wandering about a better place, their mean. `decay` is that of a
     step, and smaller at first, lest the average remember the initial weights. Batch norm's statistics are averaged too.
+    What was tested stays in the model until the next epoch: callbacks that save the best model look for it there.
     """
     order = History.order
 
@@ -159,12 +163,13 @@ class WeightAverage(TrainingCallback):
         for a, b in zip(ours, others, strict=True): a.data, b.data = b.data, a.data
         self.swapped = not self.swapped
 
+    def before_epoch(self):
+        if self.swapped: self.swap()
+
     def before_validate(self): self.swap()
 
-    def after_validate(self): self.swap()
-
     def after_fit(self):
-        if not self.swapped: self.swap()  # it is, where something ended a test
+        if not self.swapped: self.swap()  # where something ended an epoch before its test
         del self.average
 
 
@@ -276,7 +281,9 @@ class Checkpoint(Callback):
         self.model.load_state_dict(s['model'])
         self.opt.load_state_dict(dict(self.opt.state_dict(), state=s['opt']))
         if s['scaler']: self.scaler.load_state_dict(s['scaler'])
-        if s['average']: self.weight_average.average.load_state_dict(s['average'])
+        if s['average']:
+            self.weight_average.average.load_state_dict(s['average'])
+            self.weight_average.swapped = s['epochs_done'] > 0  # as it was when it was saved
         smooth = self.recorder.smooth_loss
         smooth.val, smooth.count = tensor(s['smooth_loss'][0]), s['smooth_loss'][1]
         h = self.history

@@ -5,6 +5,7 @@ import pickle
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import Malicious, make_folder, one_cycle
@@ -17,6 +18,7 @@ from fastai.vision.all import (
     ProgressCallback,
     SaveModelCallback,
     Tensor,
+    accuracy,
     set_seed,
 )
 
@@ -192,9 +194,31 @@ def test_misclassified_against_a_count_by_hand(tmp_path):
 def test_fastais_own_callbacks_and_views_find_what_they_look_for(dls, tmp_path):
     learn = get_learner(dls, 'fp32', path=tmp_path)
     learn.fit(1, cbs=[SaveModelCallback(), EarlyStoppingCallback(monitor='valid_accuracy')])
-    assert (tmp_path/'models/model.pth').exists()
     learn.recorder.plot_loss()
     assert '6,569,539' in learn.summary()
+
+
+def test_the_best_model_that_is_saved_and_loaded_is_the_one_that_was_tested(dls, tmp_path):
+    for comp, best in ((np.less, min), (np.greater, max)):  # one of them is not the last
+        learn = get_learner(dls, 'fp32', path=tmp_path)
+        fit(learn, 3, cbs=SaveModelCallback(monitor='valid_loss', comp=comp))
+        losses = [r['test_loss'] for r in learn.history.rows]
+        assert learn.validate()[-2] == pytest.approx(best(losses))
+        assert min(losses) < 0.99 * max(losses)
+
+
+def test_other_metrics_leave_history_as_it_is(dls, tmp_path):
+    def wrong(p, y): return 1 - accuracy(p, y)
+    learn = fit(get_learner(dls, 'fp32', path=tmp_path))
+    more = get_learner(dls, 'fp32', path=tmp_path)
+    more.metrics = [wrong, accuracy]
+    fit(more)
+    for one, other in zip(learn.history.rows, more.history.rows, strict=True):
+        assert {**one, 'seconds': 0} == {**other, 'seconds': 0}
+    more.metrics = [wrong]
+    fit(more)
+    assert [r['epoch'] for r in more.history.rows] == [1, 2, 3, 4]
+    assert [math.isnan(r['test_accuracy']) for r in more.history.rows] == [False, False, True, True]
 
 
 def test_a_second_fit_goes_on_with_new_randomness(dls, tmp_path):
@@ -341,6 +365,8 @@ def test_a_nan_stops_the_run_and_says_where(dls, tmp_path):
     assert learn.stop_on_na_n.where == 'batch 3 of 3 of epoch 2'
     assert len(learn.history.rows) == 1
     assert len(learn.history.schedule) == 5
+    with torch.no_grad(): learn.model.fc.bias.fill_(math.nan)
+    assert math.isnan(learn.validate()[-2])
 
 
 def test_plain_lines_where_there_is_no_terminal(trained, dls, tmp_path, capsys):
