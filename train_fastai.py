@@ -122,13 +122,13 @@ def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max:
                   ema: float, **_):
     """Raises `InputError` for the first option out of its range."""
     if epochs < 1: raise InputError(f'--epochs {epochs} is less than 1')
-    if bs < 2: raise InputError(f'--bs {bs} is less than 2, which batch norm needs')
+    if bs < 1: raise InputError(f'--bs {bs} is less than 1')
     if not 0 <= seed < 2**32: raise InputError(f'--seed {seed} is not in 0 … 2³²-1')
     if (lr_min is None) != (lr_max is None): raise InputError('--lr-min and --lr-max go together: give both or none')
     if lr_min is not None and not 0 < lr_min < lr_max < float('inf'):
         raise InputError(f'--lr-min {lr_min:g} --lr-max {lr_max:g}: must be 0 < LRMIN < LRMAX')
     if not 0 < final_div < float('inf'): raise InputError(f'--final-div {final_div:g} is not a positive number')
-    if not 0 <= ema < 1: raise InputError(f'--ema {ema:g} is not in 0 … 1')
+    if not 0 <= ema < 1: raise InputError(f'--ema {ema:g} is not at least 0 and less than 1')
 
 
 def other_than_default(options: dict) -> dict:
@@ -139,7 +139,7 @@ def other_than_default(options: dict) -> dict:
 
 def given_options(options: dict) -> dict:
     """Those of `options` that were given rather than left at their defaults."""
-    if not is_cli(): return other_than_default(options)
+    if not is_cli(main): return other_than_default(options)
     given = anno_parser(main).parse_args(namespace=SimpleNamespace(**dict.fromkeys(options)))  # keeps defaults out
     return {k: v for k, v in vars(given).items() if k in options and v is not None}
 

@@ -6,10 +6,10 @@
     python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, by the test set
     python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
 
-Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends, where `<epochs>` has `-every-4`
-and `-bs-128` added with such options; what is there is not done again, and an interrupted run goes on from its last
-whole epoch. `results.py` makes tables and figures of these files. The test set chooses nothing: an ingredient is chosen
-by the last table, and `schedule` compares readings of the assignment.
+Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends, where `<epochs>`, which `finder`
+lacks, has `-every-4` and `-bs-128` added with such options; what is there is not done again, and an interrupted run
+goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test set chooses nothing:
+an ingredient is chosen by the last table, and `schedule` compares readings of the assignment.
 """
 import contextlib
 import json
@@ -104,10 +104,9 @@ def find(dls: DataLoaders, seed: int, folder: str) -> dict:
 def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> dict:
     """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it."""
     div = LR_MAX / LR_MIN
-    recipe = dict(wd=0.01, label_smoothing=0., div_final=div) | arm
+    recipe = dict(wd=0.01, div_final=div) | arm
     learn = get_learner(dls, seed=seed, path=folder, ema=0)
     learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
-    learn.loss_func = CrossEntropyLossFlat(label_smoothing=recipe['label_smoothing'])
     file = folder/Checkpoint.file
     state = load_state(file) if file.exists() else None
     averages = WeightAverages(header := {}, state)
@@ -132,8 +131,11 @@ def main(
     out: str = 'runs/recipes',  # folder for the results
 ):
     "Train the arms of a table with every seed and write what came of it as JSON."
-    size = f'{epochs}' + (f'-every-{every}' if every > 1 else '') + (f'-bs-{bs}' if bs != 512 else '')
-    out = Path(out)/table/('' if table == 'finder' else size)
+    if table == 'seeds' and every > 1: raise SystemExit('--every: seeds are of train_fastai.py, which takes all images')
+    size = [f'{epochs}'] if table != 'finder' else []
+    size += [f'every-{every}'] if every > 1 else []
+    size += [f'bs-{bs}'] if bs != 512 else []
+    out = Path(out)/table/'-'.join(size)
     names = arms.split(',') if arms else [*ARMS[table]]
     if unknown := set(names) - ARMS[table].keys(): raise SystemExit(f'--arms: no {", ".join(unknown)} in {table}')
     with tempfile.TemporaryDirectory() as tmp:

@@ -4,6 +4,7 @@
     python benchmarks/results.py
 """
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ import errors  # isort: skip  # noqa: F401, before fastai, whose import it silen
 
 import matplotlib.pyplot as plt
 from fastai.callback.schedule import combined_cos
+from fastcore.basics import groupby
 from fastcore.script import call_parse
 from matplotlib.figure import Figure
 from recipes import ARMS, LR_MAX, LR_MIN
@@ -28,7 +30,7 @@ HEAD = """# Repeated runs
 `python benchmarks/results.py` made this page and its figures of the results in the folders beside it, which
 `benchmarks/recipes.py` wrote, on the genuine CIFAR-10. ± is the standard deviation over the seeds; one run has none.
 Flip averaging: the accuracy by the mean log-probability of an image and its mirror image."""
-FIXED = f"""All else is equal, and the rates are fixed at
+FIXED = f"""All else is equal (but for the device, where the last line names two), and the rates are fixed at
 {rate(LR_MIN)} and {rate(LR_MAX)}. Each run also keeps exponential moving averages of its weights, from
 the first step on: after a short run, a long average still holds the beginnings.
 "More than the first" is over the seeds that both have, in points."""
@@ -39,7 +41,8 @@ WORDS = dict(
 literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation.
 {FIXED}""",
     ingredients=f"""Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
-chooses nothing. A recipe's name says how it differs from the first. {FIXED}""")
+chooses nothing. A recipe's name says how it differs from the first.
+{FIXED}""")
 SUGGESTIONS = dict(valley='`valley` (LRMIN)', minimum='`minimum` (LRMAX)', steep='`steep`', slide='`slide`')
 
 
@@ -128,30 +131,38 @@ def finder_figure(runs: list[dict]) -> Figure:
     return fig
 
 
+def devices(arms: dict[str, list[dict]]) -> str:
+    """What the runs were made on; where that differs, with the arms."""
+    used = groupby([(r['device'], name) for name, runs in arms.items() for r in runs], 0, 1)
+    if len(used) == 1: return next(iter(used))
+    return '; '.join(f'{device} ({", ".join(dict.fromkeys(names))})' for device, names in sorted(used.items()))
+
+
 def page(folder: Path) -> str:
     """All tables of the results in `folder`, as Markdown; draws their figures into it."""
     parts = [HEAD]
     for name, words in WORDS.items():
         for files in sorted({f.parent for f in folder.glob(f'{name}/**/*.json')}):
-            arms, title, figure = load(files, ARMS[name]), name.capitalize(), None
-            runs = next(iter(arms.values()))
+            if not (arms := load(files, ARMS[name])): continue  # the folder of a run
+            runs, title, figure = next(iter(arms.values())), name.capitalize(), None
             seeds = sorted({r['seed'] for runs in arms.values() for r in runs})
-            command = f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}'
+            size = f'-{files.name}' if name == 'finder' else f'-epochs-{files.name}'
+            options = re.findall(r'-(epochs|every|bs)-(\d+)', size)
+            command = ' '.join([f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}',
+                                *(f'--{option} {value}' for option, value in options)])
             if name == 'finder': numbers, figure = finder_table(runs), finder_figure(runs)
             elif name == 'seeds': numbers = seeds_table(runs)
             else: numbers = recipes_table(arms)
             if name != 'finder':
                 r = runs[0]
                 title += f', {r["epochs"]} epochs of {r["train_images"]:,} images, tested on {r["test_images"]:,}'
-                command += f' --epochs {files.name}'.replace('-every-', ' --every ').replace('-bs-', ' --bs ')
             if name == 'schedule': figure = schedule_figure(arms)
             parts += [f'## {title}', f'```\n{command}\n```', words, numbers]
             if figure:
                 png = files.relative_to(folder).with_suffix('.png').as_posix().replace('/', '-')
                 save_figure(figure, folder/png)
                 parts.append(f'![{title}]({png})')
-            devices = sorted({r['device'] for runs in arms.values() for r in runs})
-            parts.append(f'Device: {"; ".join(devices)}.')
+            parts.append(f'Device: {devices(arms)}.')
     return '\n\n'.join(parts) + '\n'
 
 

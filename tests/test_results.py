@@ -13,7 +13,7 @@ import results
 def put(folder, table, name, **result):
     file = folder/table/f'{name}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(device='an abacus', **result)))
+    file.write_text(json.dumps(dict(device='an abacus') | result))
 
 
 def trained(accuracy, seed, div_final):
@@ -45,6 +45,7 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path):
         put(tmp_path, 'seeds/24', f'experiment-{seed}', seed=seed, lr_min=1e-4, lr_max=seed * 1e-4, epochs=24,
             train_images=50000, test_images=10000, train_accuracy=0.98, test_accuracy=share,
             test_accuracy_flip=share + 0.01, first_epoch_over_90=seed + 5)
+    put(tmp_path, 'seeds/24/experiment-9', 'metrics', seed=9)  # the folder of a run, which is no table
     text = results.page(tmp_path)
     assert text.index('| 9 |') < text.index('| 10 |')
     assert row(text, 9) == ['1.00·10⁻⁴', '9.00·10⁻⁴', '98.00 %', '91.00 %', '92.00 %', '14']
@@ -59,6 +60,9 @@ def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
     plain, other = (row(text, f'{name} (training accuracy 98.00 ± 0.00 %)') for name in ('plain', 'wd-0.5'))
     assert plain == ['1, 2', '91.00 ± 1.41 %', '', '92.00 ± 1.41 %']
     assert other == ['2, 3', '95.00 ± 2.83 %', '+1.00', '96.00 ± 2.83 %']
+    assert 'Device: an abacus.' in text
+    put(tmp_path, 'ingredients/24', 'plain-2', **trained(0.92, 2, 10) | dict(device='a slide rule'))
+    assert 'Device: a slide rule (plain); an abacus (plain, wd-0.5).' in results.page(tmp_path)
     averages = [line.split('|')[4].strip() for line in text.splitlines() if 'weights averaged, decay' in line]
     assert averages == ['+0.20 ± 0.00', '+1.20']
 
@@ -89,3 +93,8 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
     marks = [tuple(float(o[0]) for o in line.get_data()) for line in ax.lines if line.get_marker() == 's']
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
     assert '![Finder](finder.png)' in text
+    assert 'recipes.py finder --seeds 1,2\n' in text
+    (tmp_path/'finder').rename(tmp_path/'every-4-bs-128')
+    (tmp_path/'finder').mkdir()
+    (tmp_path/'every-4-bs-128').rename(tmp_path/'finder/every-4-bs-128')
+    assert 'recipes.py finder --seeds 1,2 --every 4 --bs 128\n' in results.page(tmp_path)

@@ -196,7 +196,7 @@ def test_plain_fastai_from_here_on(folder, tmp_path):
 
 OPTIONS = dict(epochs=24, bs=512, seed=42, lr_min=None, lr_max=None, final_div=1, ema=0.995)
 BAD_OPTIONS = [
-    (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'), (dict(bs=1), '--bs 1'),
+    (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'),
     (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
     (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX'),
     (dict(lr_min=1e-3, lr_max=1e-3), '0 < LRMIN'), (dict(lr_min=0., lr_max=1e-3), '0 < LRMIN'),
