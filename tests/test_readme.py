@@ -44,9 +44,15 @@ def test_its_numbers_are_those_of_the_published_run():
 def test_its_other_numbers_are_those_of_the_published_results():
     runs = {f.stem: json.loads(f.read_text()) for f in (ROOT/'docs/recipes/ingredients/24').glob('*.json')}
     plain, *others = (runs[f'{name}-42'] for name in ('plain', 'wd-0.1', 'wd-0.5'))
-    gains = sorted(100 * (r['averages']['0.995']['accuracy'] - r['accuracy']) for r in (plain, *others))
     text = ' '.join(README.split())
-    assert 'gained {:.2f}, {:.2f} and {:.2f} points in three runs'.format(*gains) in text
+    gains = {d: sorted((100 * (r['averages'][d]['accuracy'] - r['accuracy']) for r in (plain, *others)), key=abs)
+             for d in plain['averages']}
+    assert "gained {:.2f}, {:.2f} and {:.2f} points over the last step's".format(*gains['0.995']) in text
+    assert '0.99 gained {:.2f}, {:.2f} and {:.2f} points'.format(*gains['0.99']) in text
+    assert 'and 0.998 lost {:.2f}, {:.2f} and {:.2f}.'.format(*(-gain for gain in gains['0.998'])) in text
+    p, n = plain['accuracy'], plain['test_images']
+    assert f'on {n:,} training images held out for it, whose' in text
+    assert f'a standard error of {100 * (p * (1 - p) / n)**0.5:.1f} points. Of' in text
     decay = [100 * (r['accuracy'] - plain['accuracy']) for r in others]
     assert '0.1 and 0.5 instead of 0.01 gained {:.2f} and {:.2f} points'.format(*decay) in text
     folder = ROOT/'docs/recipes/schedule/8-every-4-bs-128'
