@@ -13,6 +13,9 @@ from PIL import Image
 
 import train_fastai
 
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import results
+
 README = (ROOT/'README.md').read_text()
 
 
@@ -56,15 +59,17 @@ def test_its_other_numbers_are_those_of_the_published_results():
     decay = [100 * (r['accuracy'] - plain['accuracy']) for r in others]
     assert '0.1 and 0.5 instead of 0.01 gained {:.2f} and {:.2f} points'.format(*decay) in text
     folder = ROOT/'docs/recipes/schedule/8-every-4-bs-128'
-    lr_min, holds, annihilates = (json.loads((folder/f'{name}-42.json').read_text()) for name in
-                                  ('ends-at-lrmin', 'div-final-1-holds-lrmax', 'div-final-1e5-annihilates'))
-    assert f'LRMIN named {lr_min["accuracy"]:.2%} of {lr_min["test_images"]:,} test'.replace('%', ' %') in text
-    assert f'(see below), {holds["accuracy"]:.2%}, '.replace('%', ' %') in text
-    assert f'annihilating the rate {annihilates["accuracy"]:.2%}.'.replace('%', ' %') in text
-    p, n = lr_min['accuracy'], lr_min['test_images']
-    assert f'error of {100 * (p * (1 - p) / n)**0.5:.1f} points' in text
-    gains = [100 * (lr_min['averages'][d]['accuracy'] - lr_min['accuracy']) for d in ('0.99', '0.995')]
-    assert f'decay 0.99 gained {gains[0]:.2f} points and one of 0.995 lost {-gains[1]:.2f}:' in text
+    arms = results.load(folder, results.ARMS['schedule'])
+    seeds, = {tuple(r['seed'] for r in runs) for runs in arms.values()}
+    p, n = arms['ends-at-lrmin'][0]['accuracy'], arms['ends-at-lrmin'][0]['test_images']
+    lr_min, holds, annihilates = (results.mean_accuracy([r['accuracy'] for r in runs]) for runs in arms.values())
+    assert f'LRMIN named {lr_min} of {n:,} test' in text
+    assert f'(see below), {holds}, ' in text
+    assert f'annihilating the rate {annihilates} (' in text
+    assert f'of N = {len(seeds)} seeds, {" and ".join(map(str, seeds))})' in text
+    assert f'error of {100 * (p * (1 - p) / n)**0.5:.1f} points: holding' in text
+    averaged = (results.mean_accuracy([r['averages']['0.99']['accuracy'] for r in runs]) for runs in arms.values())
+    assert '{}, {} and {}.'.format(*averaged) in text
     found = [json.loads(f.read_text()) for f in (ROOT/'docs/recipes/finder').glob('*.json')]
     factors = [max(r[k] for r in found) / min(r[k] for r in found) for k in ('valley', 'minimum', 'steep', 'slide')]
     assert 'factors of {:.1f} and {:.1f}'.format(*factors[:2]) in text
@@ -93,7 +98,7 @@ def test_every_command_runs(folder, tmp_path, monkeypatch):
         'python train_fastai.py', 'python train_fastai.py --ema 0',
         'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
         'python benchmarks/recipes.py ingredients --seeds 42',
-        'python benchmarks/recipes.py schedule --seeds 42 --epochs 8 --every 4 --bs 128',
+        'python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8 --every 4 --bs 128',
         'python benchmarks/results.py',  # test_recipes.py …
         'python benchmarks/speed.py', 'python -m pytest', 'pip install -r requirements.txt',  # test_speed.py, .ci/run
         'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
