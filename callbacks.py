@@ -129,12 +129,11 @@ class StopOnNaN(TrainingCallback):
     order = Recorder.order - 1
     where = None
 
-    def before_fit(self): self.where, self.begun = None, False
-
-    def before_train(self): self.begun = True
+    def before_fit(self): self.where = None
 
     def after_batch(self):
-        if torch.isfinite(self.loss) or not self.begun: return  # a bare `learn.validate()` has nothing to end
+        if torch.isfinite(self.loss): return
+        if not (self.training or self.recorder.losses): return  # a bare `learn.validate()` has nothing to end
         if self.training: self.where = f'batch {self.iter + 1} of {self.n_iter} of epoch {self.epoch + 1}'
         else: self.where = f'the test after epoch {self.epoch + 1}'
         raise CancelFitException

@@ -194,6 +194,7 @@ def test_misclassified_against_a_count_by_hand(tmp_path):
 def test_fastais_own_callbacks_and_views_find_what_they_look_for(dls, tmp_path):
     learn = get_learner(dls, 'fp32', path=tmp_path)
     learn.fit(1, cbs=[SaveModelCallback(), EarlyStoppingCallback(monitor='valid_accuracy')])
+    assert (tmp_path/'models/model.pth').exists()
     learn.recorder.plot_loss()
     assert '6,569,539' in learn.summary()
 
@@ -355,6 +356,23 @@ def test_auto_takes_what_a_processor_is_made_for(monkeypatch, flags, expected):
 def test_auto_takes_what_a_gpu_is_made_for(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
     assert best_precision(torch.device('cuda')) == expected
+
+
+def test_a_nan_in_the_first_batch_or_test_stops_the_run_too(dls, tmp_path):
+    class Spoil(Callback):
+        def __init__(self, training): self.of_training = training
+        def before_batch(self):
+            if self.training == self.of_training: self.learn.xb = (self.xb[0] * float('nan'),)
+    for training, where in ((True, 'batch 1 of 3 of epoch 1'), (False, 'the test after epoch 1')):
+        learn = fit(get_learner(dls, 'fp32', path=tmp_path), cbs=Spoil(training))
+        assert learn.stop_on_na_n.where == where
+        assert learn.history.rows == []
+
+
+def test_a_batch_of_one_image_trains(folder, tmp_path):
+    learn = fit(get_learner(get_dls(folder, bs=1), 'fp32', path=tmp_path), 1)
+    assert len(learn.history.schedule) == 24
+    assert math.isfinite(learn.history.rows[0]['train_loss'])
 
 
 def test_a_nan_stops_the_run_and_says_where(dls, tmp_path):

@@ -45,32 +45,32 @@ def test_its_numbers_are_those_of_the_published_run():
 
 
 def test_its_other_numbers_are_those_of_the_published_results():
-    runs = {f.stem: json.loads(f.read_text()) for f in (ROOT/'docs/recipes/ingredients/24').glob('*.json')}
-    plain, *others = (runs[f'{name}-42'] for name in ('plain', 'wd-0.1', 'wd-0.5'))
+    def error(r): return f'error of {100 * (r["accuracy"] * (1 - r["accuracy"]) / r["test_images"])**0.5:.1f} points'
+    ingredients = results.load(ROOT/'docs/recipes/ingredients/24', results.ARMS['ingredients'])
+    plain, *others = (run for run, in ingredients.values())
+    assert {r['seed'] for r in (plain, *others)} == {42}
     text = ' '.join(README.split())
     gains = {d: sorted((100 * (r['averages'][d]['accuracy'] - r['accuracy']) for r in (plain, *others)), key=abs)
              for d in plain['averages']}
     assert "gained {:.2f}, {:.2f} and {:.2f} points over the last step's".format(*gains['0.995']) in text
     assert '0.99 gained {:.2f}, {:.2f} and {:.2f} points'.format(*gains['0.99']) in text
     assert 'and 0.998 lost {:.2f}, {:.2f} and {:.2f}.'.format(*(-gain for gain in gains['0.998'])) in text
-    p, n = plain['accuracy'], plain['test_images']
-    assert f'on {n:,} training images held out for it, whose' in text
-    assert f'a standard error of {100 * (p * (1 - p) / n)**0.5:.1f} points. Of' in text
+    assert f'on {plain["test_images"]:,} training images held out for it, whose' in text
+    assert f'a standard {error(plain)}. Of' in text
     decay = [100 * (r['accuracy'] - plain['accuracy']) for r in others]
     assert '0.1 and 0.5 instead of 0.01 gained {:.2f} and {:.2f} points'.format(*decay) in text
-    folder = ROOT/'docs/recipes/schedule/8-every-4-bs-128'
-    arms = results.load(folder, results.ARMS['schedule'])
+    arms = results.load(ROOT/'docs/recipes/schedule/8-every-4-bs-128', results.ARMS['schedule'])
     seeds, = {tuple(r['seed'] for r in runs) for runs in arms.values()}
-    p, n = arms['ends-at-lrmin'][0]['accuracy'], arms['ends-at-lrmin'][0]['test_images']
     lr_min, holds, annihilates = (results.mean_accuracy([r['accuracy'] for r in runs]) for runs in arms.values())
-    assert f'LRMIN named {lr_min} of {n:,} test' in text
+    one = arms['ends-at-lrmin'][0]
+    assert f'LRMIN named {lr_min} of {one["test_images"]:,} test' in text
     assert f'(see below), {holds}, ' in text
     assert f'annihilating the rate {annihilates} (' in text
     assert f'of N = {len(seeds)} seeds, {" and ".join(map(str, seeds))})' in text
-    assert f'error of {100 * (p * (1 - p) / n)**0.5:.1f} points: holding' in text
+    assert f'standard {error(one)}: holding' in text
     averaged = (results.mean_accuracy([r['averages']['0.99']['accuracy'] for r in runs]) for runs in arms.values())
     assert '{}, {} and {}.'.format(*averaged) in text
-    found = [json.loads(f.read_text()) for f in (ROOT/'docs/recipes/finder').glob('*.json')]
+    found = results.load(ROOT/'docs/recipes/finder', results.ARMS['finder'])['lr-find']
     factors = [max(r[k] for r in found) / min(r[k] for r in found) for k in ('valley', 'minimum', 'steep', 'slide')]
     assert 'factors of {:.1f} and {:.1f}'.format(*factors[:2]) in text
     assert 'over factors of {:.0f} and {:,.0f}'.format(*factors[2:]) in text

@@ -85,8 +85,9 @@ def test_the_schedules_are_drawn_as_trained(tmp_path):
 
 def test_the_finders_rates_lie_on_its_curves(tmp_path):
     for seed, at in ((1, 1e-3), (2, 4e-3)):
-        put(tmp_path, 'finder', f'lr-find-{seed}', seed=seed, lrs=[1e-4, 1e-3, 4e-3, 1e-1], losses=[2., 1., 0.5, 3.],
-            valley=1e-4, minimum=at, steep=1e-4, slide=1e-4)
+        for table in ('finder', 'share/finder/every-4-bs-128'):
+            put(tmp_path, table, f'lr-find-{seed}', seed=seed, lrs=[1e-4, 1e-3, 4e-3, 1e-1], losses=[2., 1., 0.5, 3.],
+                valley=1e-4, minimum=at, steep=1e-4, slide=1e-4)
     text = results.page(tmp_path)
     assert row(text, 'largest / smallest') == ['1', '4', '1', '1']
     ax, = results.finder_figure(results.load(tmp_path/'finder', ['lr-find'])['lr-find']).axes
@@ -94,7 +95,4 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
     assert '![Finder](finder.png)' in text
     assert 'recipes.py finder --seeds 1,2\n' in text
-    (tmp_path/'finder').rename(tmp_path/'every-4-bs-128')
-    (tmp_path/'finder').mkdir()
-    (tmp_path/'every-4-bs-128').rename(tmp_path/'finder/every-4-bs-128')
-    assert 'recipes.py finder --seeds 1,2 --every 4 --bs 128\n' in results.page(tmp_path)
+    assert 'recipes.py finder --seeds 1,2 --every 4 --bs 128\n' in results.page(tmp_path/'share')
