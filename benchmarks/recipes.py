@@ -4,12 +4,13 @@
     python benchmarks/recipes.py seeds --seeds 42,43                 # train_fastai.py as it is
     python benchmarks/recipes.py finder --seeds 42,43                # its learning-rate finder alone
     python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, by the test set
+    python benchmarks/recipes.py peak --seeds 42,43                  # LRMAX as found, a third and three times of it
     python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
 
 Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends, where `<epochs>`, which `finder`
 lacks, has `-every-4` and `-bs-128` added with such options; what is there is not done again, and an interrupted run
 goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test set chooses nothing:
-an ingredient is chosen by the last table, and `schedule` compares readings of the assignment.
+`peak` and `ingredients` do not see it, and `schedule` compares readings of the assignment.
 """
 import contextlib
 import json
@@ -31,7 +32,7 @@ from callbacks import Checkpoint, load_state, write_whole
 from data import get_data, get_dls
 from errors import RunError
 from predict import get_log_probs, load_run
-from train_fastai import PCT_START, device_name, get_learner, locked, weight_decay_groups
+from train_fastai import PCT_START, device_name, find_lrs, get_learner, locked, weight_decay_groups
 from train_fastai import main as train_fastai
 
 LR_MIN, LR_MAX = 1.6e-4, 2.3e-3  # as the finder gives for seed 42
@@ -41,7 +42,8 @@ ARMS = dict(
     ingredients={'plain': {}, 'wd-0.1': dict(wd=0.1), 'wd-0.5': dict(wd=0.5)},
     schedule={
         'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
-        'div-final-1e5-annihilates': dict(div_final=1e5)})
+        'div-final-1e5-annihilates': dict(div_final=1e5)},
+    peak={'lr-max': {}, 'lr-max-third': dict(times=1/3), 'lr-max-threefold': dict(times=3.)})
 AVERAGES = 0.99, 0.995, 0.998  # decay a step of the exponential moving averages, which every run keeps
 
 
@@ -101,19 +103,20 @@ def find(dls: DataLoaders, seed: int, folder: str) -> dict:
                 losses=[float(loss) for loss in learn.recorder.losses])
 
 
-def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path) -> dict:
+def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs=(LR_MIN, LR_MAX)) -> dict:
     """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it."""
-    div = LR_MAX / LR_MIN
+    lr_min, lr_max = lrs[0], lrs[1] * arm.get('times', 1)
+    div = lr_max / lr_min
     recipe = dict(wd=0.01, div_final=div) | arm
     learn = get_learner(dls, seed=seed, path=folder, ema=0)
     learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
     file = folder/Checkpoint.file
     state = load_state(file) if file.exists() else None
     averages = WeightAverages(header := {}, state)
-    learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
+    learn.fit_one_cycle(epochs, lr_max, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
                         cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
     if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
-    return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=LR_MIN, lr_max=LR_MAX,
+    return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=lr_min, lr_max=lr_max,
                 train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
                 history=learn.history.rows, **accuracies(learn, learn.model),
                 averages={d: accuracies(learn, model) for d, model in averages.models.items()})
@@ -140,7 +143,7 @@ def main(
     if unknown := set(names) - ARMS[table].keys(): raise SystemExit(f'--arms: no {", ".join(unknown)} in {table}')
     with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
-        if table == 'ingredients': path = hold_out(path, Path(tmp))
+        if table in ('ingredients', 'peak'): path = hold_out(path, Path(tmp))
         dls = None if table == 'seeds' else get_dls(path, bs, every=every)
         for seed, name in itertools.product(map(int, seeds.split(',')), names):
             file = out/f'{name}-{seed}.json'
@@ -150,7 +153,8 @@ def main(
             if table == 'seeds': result = experiment(data, bs, seed, epochs, folder)
             elif table == 'finder': result = find(dls, seed, tmp)
             else:
-                with locked(folder, new=True): result = train(dls, ARMS[table][name], seed, epochs, folder)
+                lrs = find_lrs(get_learner(dls, seed=seed, path=tmp)) if table == 'peak' else (LR_MIN, LR_MAX)
+                with locked(folder, new=True): result = train(dls, ARMS[table][name], seed, epochs, folder, lrs)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
             if table != 'seeds': shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,8 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,18 +32,23 @@ HEAD = """# Repeated runs
 `python benchmarks/results.py` made this page and its figures of the results in the folders beside it, which
 `benchmarks/recipes.py` wrote, on the genuine CIFAR-10. ± is the standard deviation over the seeds; one run has none.
 Flip averaging: the accuracy by the mean log-probability of an image and its mirror image."""
-FIXED = f"""All else is equal (but for the device, where the last line names two), and the rates are fixed at
-{rate(LR_MIN)} and {rate(LR_MAX)}. Each run also keeps exponential moving averages of its weights, from
+AVERAGED = """Each run also keeps exponential moving averages of its weights, from
 the first step on: after a short run, a long average still holds the beginnings.
 "More than the first" is over the seeds that both have, in points."""
+FIXED = f"""All else is equal (but for the device, where the last line names two), and the rates are fixed at
+{rate(LR_MIN)} and {rate(LR_MAX)}. {AVERAGED}"""
+HELD_OUT = """Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
+chooses nothing."""
 WORDS = dict(
     seeds="`python train_fastai.py` as it is, under several seeds; each run finds its own learning rates.",
     finder="What fastai reads from its finder's curve; the experiment uses the first two columns.",
     schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
 literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation.
 {FIXED}""",
-    ingredients=f"""Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
-chooses nothing. A recipe's name says how it differs from the first.
+    peak=f"""{HELD_OUT}
+Each run finds its rates by the finder, and takes LRMAX as found, a third of it, or three times of it.
+{AVERAGED}""",
+    ingredients=f"""{HELD_OUT} A recipe's name says how it differs from the first.
 {FIXED}""")
 SUGGESTIONS = dict(valley='`valley` (LRMIN)', minimum='`minimum` (LRMAX)', steep='`steep`', slide='`slide`')
 
@@ -50,7 +57,7 @@ def load(folder: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
     """The results in `folder` of those of the `arms` that have any, each in the order of its seeds."""
     found = {a: [json.loads(f.read_text()) for f in folder.glob('*.json') if f.stem.rpartition('-')[0] == a]
              for a in arms}
-    return {a: sorted(runs, key=lambda r: r['seed']) for a, runs in found.items() if runs}
+    return {a: sorted(runs, key=itemgetter('seed')) for a, runs in found.items() if runs}
 
 
 def spread(values: list[float], form: str = '.2f') -> str:
@@ -64,8 +71,9 @@ def mean_accuracy(shares: list[float]) -> str:
     return f'{spread([100 * share for share in shares])} %'
 
 
-def seeds_table(runs: list[dict]) -> str:
+def seeds_table(arms: dict[str, list[dict]]) -> str:
     """A row a run of train_fastai.py, and their mean."""
+    runs, = arms.values()
     shares = 'train_accuracy', 'test_accuracy', 'test_accuracy_flip'
     rows = [(r['seed'], rate(r['lr_min']), rate(r['lr_max']), *(mean_accuracy([r[k]]) for k in shares),
              r['first_epoch_over_90'] or 'none') for r in runs]
@@ -74,8 +82,9 @@ def seeds_table(runs: list[dict]) -> str:
     return table(f'| {" | ".join(head)} |\n|---|--:|--:|--:|--:|--:|--:|', rows)
 
 
-def finder_table(runs: list[dict]) -> str:
+def finder_table(arms: dict[str, list[dict]]) -> str:
     """A row a seed: what fastai reads from its finder's curve."""
+    runs, = arms.values()
     rows = [(r['seed'], *(rate(r[k]) for k in SUGGESTIONS)) for r in runs]
     factors = [max(r[k] for r in runs) / min(r[k] for r in runs) for k in SUGGESTIONS]
     rows.append(('largest / smallest', *(f'{o:,.0f}' if o > 1000 else f'{o:.3g}' for o in factors)))
@@ -99,6 +108,13 @@ def recipes_table(arms: dict[str, list[dict]]) -> str:
     return table('| recipe | seeds | accuracy | more than the first | flip averaging |\n|---|---|--:|--:|--:|', rows)
 
 
+def peak_table(arms: dict[str, list[dict]]) -> str:
+    """`recipes_table`, and the rates that the finder gave under each seed."""
+    found = [f'{rate(r["lr_min"])} and {rate(r["lr_max"] / r.get("times", 1))} (seed {r["seed"]})'
+             for r in next(iter(arms.values()))]
+    return f'{recipes_table(arms)}\n\nLRMIN and LRMAX as found: {", ".join(found)}.'
+
+
 def schedule_figure(arms: dict[str, list[dict]]) -> Figure:
     """The learning rate over the epochs in every arm, with its mean test accuracy."""
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
@@ -114,8 +130,9 @@ def schedule_figure(arms: dict[str, list[dict]]) -> Figure:
     return fig
 
 
-def finder_figure(runs: list[dict]) -> Figure:
+def finder_figure(arms: dict[str, list[dict]]) -> Figure:
     """The finder's curves, with the two rates that a run takes from each."""
+    runs, = arms.values()
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     for r in runs:
         line, = ax.plot(r['lrs'], r['losses'], label=f'seed {r["seed"]}')
@@ -131,6 +148,29 @@ def finder_figure(runs: list[dict]) -> Figure:
     return fig
 
 
+def peak_figure(arms: dict[str, list[dict]]) -> Figure:
+    """Accuracy against LRMAX, a line a seed: of the last step's weights, and of their shortest average."""
+    fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
+    for seed, group in groupby(chain(*arms.values()), itemgetter('seed')).items():
+        runs = sorted(group, key=itemgetter('lr_max'))
+        decay = next(iter(runs[0]['averages']))
+        lr_maxes, averages = [r['lr_max'] for r in runs], [r['averages'][decay] for r in runs]
+        line, = ax.plot(lr_maxes, [100 * r['accuracy'] for r in runs], 'o-', label=f'seed {seed}')
+        ax.plot(lr_maxes, [100 * r['accuracy'] for r in averages], 's--', color=line.get_color(),
+                label=f'seed {seed}, weights averaged, decay {decay}')
+    r = runs[0]
+    ax.set(xscale='log', xlabel='LRMAX (log scale)', ylabel='accuracy on held-out images, %',
+           title=f'LRMAX as found, a third and three times of it, {r["epochs"]} epochs of {r["train_images"]:,} images')
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return fig
+
+
+TABLES = dict(
+    seeds=seeds_table, finder=finder_table, schedule=recipes_table, peak=peak_table, ingredients=recipes_table)
+FIGURES = dict(finder=finder_figure, schedule=schedule_figure, peak=peak_figure)
+
+
 def devices(arms: dict[str, list[dict]]) -> str:
     """What the runs were made on; where that differs, with the arms."""
     used = groupby([(r['device'], name) for name, runs in arms.items() for r in runs], 0, 1)
@@ -141,26 +181,21 @@ def devices(arms: dict[str, list[dict]]) -> str:
 def page(folder: Path) -> str:
     """All tables of the results in `folder`, as Markdown; draws their figures into it."""
     parts = [HEAD]
-    for name, words in WORDS.items():
+    for name in WORDS:
         for files in sorted({f.parent for f in folder.glob(f'{name}/**/*.json')}):
             if not (arms := load(files, ARMS[name])): continue  # the folder of a run
-            runs, title, figure = next(iter(arms.values())), name.capitalize(), None
+            r, title = next(iter(arms.values()))[0], name.capitalize()
+            if epochs := r.get('epochs'):
+                title += f', {epochs} epochs of {r["train_images"]:,} images, tested on {r["test_images"]:,}'
             seeds = sorted({r['seed'] for runs in arms.values() for r in runs})
-            size = f'-{files.name}' if name == 'finder' else f'-epochs-{files.name}'
-            options = re.findall(r'-(epochs|every|bs)-(\d+)', size)
+            size = f'-epochs-{files.name}' if epochs else f'-{files.name}'
             command = ' '.join([f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}',
-                                *(f'--{option} {value}' for option, value in options)])
-            if name == 'finder': numbers, figure = finder_table(runs), finder_figure(runs)
-            elif name == 'seeds': numbers = seeds_table(runs)
-            else: numbers = recipes_table(arms)
-            if name != 'finder':
-                r = runs[0]
-                title += f', {r["epochs"]} epochs of {r["train_images"]:,} images, tested on {r["test_images"]:,}'
-            if name == 'schedule': figure = schedule_figure(arms)
-            parts += [f'## {title}', f'```\n{command}\n```', words, numbers]
-            if figure:
+                                *(f'--{option} {value}'
+                                  for option, value in re.findall(r'-(epochs|every|bs)-(\d+)', size))])
+            parts += [f'## {title}', f'```\n{command}\n```', WORDS[name], TABLES[name](arms)]
+            if name in FIGURES:
                 png = files.relative_to(folder).with_suffix('.png').as_posix().replace('/', '-')
-                save_figure(figure, folder/png)
+                save_figure(FIGURES[name](arms), folder/png)
                 parts.append(f'![{title}]({png})')
             parts.append(f'Device: {devices(arms)}.')
     return '\n\n'.join(parts) + '\n'

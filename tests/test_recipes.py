@@ -67,6 +67,19 @@ def test_the_finder_gives_what_the_experiment_takes(tmp_path):
     assert {'steep', 'slide', 'seed', 'device'} < r.keys()
 
 
+def test_the_peak_is_as_found_a_third_and_three_times_of_it(tmp_path):
+    path = make_folder(tmp_path/'d', train=20)
+    recipes.main('peak', seeds='3', data=path, out=tmp_path/'out', epochs=1, bs=6)
+    runs = [json.loads((tmp_path/f'out/peak/1-bs-6/{arm}-3.json').read_text()) for arm in recipes.ARMS['peak']]
+    held_out = recipes.hold_out(path, tmp_path/'held-out')
+    lr_min, lr_max = find_lrs(get_learner(get_dls(held_out, bs=6), seed=3, path=tmp_path))
+    for r, times in zip(runs, (1, 1/3, 3), strict=True):
+        assert (r['lr_min'], r['lr_max']) == pytest.approx((lr_min, times * lr_max))
+        assert r['div_final'] == pytest.approx(r['lr_max'] / r['lr_min'])
+        assert (r['train_images'], r['test_images']) == (54, 6)
+    assert len({r['history'][-1]['train_loss'] for r in runs}) == 3
+
+
 def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(tmp_path, monkeypatch):
     options = dict(data=make_folder(tmp_path/'d', train=20), bs=6, epochs=2, seed=5)
     train_fastai.main(**options, out=tmp_path/'alone')

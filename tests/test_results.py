@@ -90,9 +90,27 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
                 valley=1e-4, minimum=at, steep=1e-4, slide=1e-4)
     text = results.page(tmp_path)
     assert row(text, 'largest / smallest') == ['1', '4', '1', '1']
-    ax, = results.finder_figure(results.load(tmp_path/'finder', ['lr-find'])['lr-find']).axes
+    ax, = results.finder_figure(results.load(tmp_path/'finder', ['lr-find'])).axes
     marks = [tuple(float(o[0]) for o in line.get_data()) for line in ax.lines if line.get_marker() == 's']
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
     assert '![Finder](finder.png)' in text
     assert 'recipes.py finder --seeds 1,2\n' in text
     assert 'recipes.py finder --seeds 1,2 --every 4 --bs 128\n' in results.page(tmp_path/'share')
+
+
+def test_accuracy_is_drawn_against_lr_max(tmp_path):
+    for name, times, share in (('lr-max', 1, 0.92), ('lr-max-third', 1/3, 0.90), ('lr-max-threefold', 3, 0.91)):
+        for seed in (4, 5):
+            run = trained(share, seed, 10) | dict(times=times, lr_max=times * seed * 1e-3)
+            put(tmp_path, 'peak/8', f'{name}-{seed}', **run)
+    ax, = results.peak_figure(results.load(tmp_path/'peak/8', results.ARMS['peak'])).axes
+    for line, seed, more in zip(ax.lines, (4, 4, 5, 5), (0, 0.2, 0, 0.2), strict=True):
+        lr_max, percent = line.get_data()
+        assert lr_max == pytest.approx([seed / 3e3, seed / 1e3, seed * 3e-3])
+        assert percent == pytest.approx([90 + more, 92 + more, 91 + more])
+    text = results.page(tmp_path)
+    assert row(text, 'lr-max-third (training accuracy 98.00 ± 0.00 %)')[2] == '-2.00 ± 0.00'
+    assert 'as found: 1.00·10⁻⁴ and 4.00·10⁻³ (seed 4), 1.00·10⁻⁴ and 5.00·10⁻³ (seed 5).' in text
+    assert 'recipes.py peak --seeds 4,5 --epochs 8\n' in text
+    assert '](peak-8.png)' in text
+    assert (tmp_path/'peak-8.png').exists()
