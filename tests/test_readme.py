@@ -70,6 +70,15 @@ def test_its_other_numbers_are_those_of_the_published_results():
     assert f'standard {error(one)}: holding' in text
     averaged = (results.mean_accuracy([r['averages']['0.99']['accuracy'] for r in runs]) for runs in arms.values())
     assert '{}, {} and {}.'.format(*averaged) in text
+    peak = results.load(ROOT/'docs/recipes/peak/8-every-4-bs-128', results.ARMS['peak'])
+    as_found, third, threefold = (run for run, in peak.values())
+    assert {r['seed'] for r in (as_found, third, threefold)} == {42}
+    lr_max = f'{as_found["lr_max"]:.2e}'.replace('e-0', 'e-')
+    found, low, high = (results.mean_accuracy([r['accuracy']]) for r in (as_found, third, threefold))
+    assert f'gave it, {lr_max} for such short runs, {found} of {as_found["test_images"]:,} held-out' in text
+    assert f'with a third of it {low}, with three times of it {high}. One run' in text
+    assert f'standard {error(as_found)}: neither' in text
+    assert as_found['accuracy'] > max(third['accuracy'], threefold['accuracy'])
     found = results.load(ROOT/'docs/recipes/finder', results.ARMS['finder'])['lr-find']
     factors = [max(r[k] for r in found) / min(r[k] for r in found) for k in ('valley', 'minimum', 'steep', 'slide')]
     assert 'factors of {:.1f} and {:.1f}'.format(*factors[:2]) in text
@@ -99,6 +108,7 @@ def test_every_command_runs(folder, tmp_path, monkeypatch):
         'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
         'python benchmarks/recipes.py ingredients --seeds 42',
         'python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8 --every 4 --bs 128',
+        'python benchmarks/recipes.py peak --seeds 42 --epochs 8 --every 4 --bs 128',
         'python benchmarks/results.py',  # test_recipes.py …
         'python benchmarks/speed.py', 'python -m pytest', 'pip install -r requirements.txt',  # test_speed.py, .ci/run
         'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
