@@ -103,8 +103,12 @@ def find(dls: DataLoaders, seed: int, folder: str) -> dict:
                 losses=[float(loss) for loss in learn.recorder.losses])
 
 
-def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs=(LR_MIN, LR_MAX)) -> dict:
-    """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it."""
+def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path,
+          lrs: tuple[float, float] = (LR_MIN, LR_MAX)) -> dict:
+    """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it.
+
+    `lrs` are LRMIN and LRMAX, the latter before an arm multiplies it by its `times`.
+    """
     lr_min, lr_max = lrs[0], lrs[1] * arm.get('times', 1)
     div = lr_max / lr_min
     recipe = dict(wd=0.01, div_final=div) | arm
