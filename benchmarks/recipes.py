@@ -13,6 +13,7 @@ goes on from its last whole epoch. `results.py` makes tables and figures of thes
 `peak` and `ingredients` do not see it, and `schedule` compares readings of the assignment.
 """
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -103,8 +104,7 @@ def find(dls: DataLoaders, seed: int, folder: str) -> dict:
                 losses=[float(loss) for loss in learn.recorder.losses])
 
 
-def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path,
-          lrs: tuple[float, float] = (LR_MIN, LR_MAX)) -> dict:
+def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs: tuple[float, float]) -> dict:
     """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it.
 
     `lrs` are LRMIN and LRMAX, the latter before an arm multiplies it by its `times`.
@@ -149,6 +149,11 @@ def main(
         path = get_data(data)
         if table in ('ingredients', 'peak'): path = hold_out(path, Path(tmp))
         dls = None if table == 'seeds' else get_dls(path, bs, every=every)
+
+        @functools.cache
+        def rates(seed):
+            return find_lrs(get_learner(dls, seed=seed, path=tmp)) if table == 'peak' else (LR_MIN, LR_MAX)
+
         for seed, name in itertools.product(map(int, seeds.split(',')), names):
             file = out/f'{name}-{seed}.json'
             if file.exists(): continue
@@ -157,8 +162,8 @@ def main(
             if table == 'seeds': result = experiment(data, bs, seed, epochs, folder)
             elif table == 'finder': result = find(dls, seed, tmp)
             else:
-                lrs = find_lrs(get_learner(dls, seed=seed, path=tmp)) if table == 'peak' else (LR_MIN, LR_MAX)
-                with locked(folder, new=True): result = train(dls, ARMS[table][name], seed, epochs, folder, lrs)
+                with locked(folder, new=True):
+                    result = train(dls, ARMS[table][name], seed, epochs, folder, rates(seed))
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
             if table != 'seeds': shutil.rmtree(folder, ignore_errors=True)

@@ -74,10 +74,12 @@ def test_its_other_numbers_are_those_of_the_published_results():
     as_found, third, threefold = (run for run, in peak.values())
     assert {r['seed'] for r in (as_found, third, threefold)} == {42}
     lr_max = f'{as_found["lr_max"]:.2e}'.replace('e-0', 'e-')
-    found, low, high = (results.mean_accuracy([r['accuracy']]) for r in (as_found, third, threefold))
-    assert f'gave it, {lr_max} for such short runs, {found} of {as_found["test_images"]:,} held-out' in text
+    right, low, high = (results.mean_accuracy([r['accuracy']]) for r in (as_found, third, threefold))
+    assert f'gave it, {lr_max} for such short runs, {right} of {as_found["test_images"]:,} held-out' in text
     assert f'with a third of it {low}, with three times of it {high}. One run' in text
     assert f'standard {error(as_found)}: neither' in text
+    averaged = (results.mean_accuracy([r['averages']['0.99']['accuracy']]) for r in (as_found, third, threefold))
+    assert 'no help here: {}, {} and {}. Whether'.format(*averaged) in text
     assert as_found['accuracy'] > max(third['accuracy'], threefold['accuracy'])
     found = results.load(ROOT/'docs/recipes/finder', results.ARMS['finder'])['lr-find']
     factors = [max(r[k] for r in found) / min(r[k] for r in found) for k in ('valley', 'minimum', 'steep', 'slide')]

@@ -106,11 +106,13 @@ def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_left_alone(tmp_pa
     dls = get_dls(make_folder(tmp_path/'d'), bs=8)
     folders = [tmp_path/'one', tmp_path/'other']
     for folder in folders: folder.mkdir()
-    whole = recipes.train(dls, dict(wd=0.1), 1, 4, folders[0])
+    recipe = dict(wd=0.1), 1, 4
+    lrs = recipes.LR_MIN, recipes.LR_MAX
+    whole = recipes.train(dls, *recipe, folders[0], lrs)
     with monkeypatch.context() as m:
         m.setattr(recipes, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Stop()))
-        with pytest.raises(KeyboardInterrupt): recipes.train(dls, dict(wd=0.1), 1, 4, folders[1])
-    resumed = recipes.train(dls, dict(wd=0.1), 1, 4, folders[1])
+        with pytest.raises(KeyboardInterrupt): recipes.train(dls, *recipe, folders[1], lrs)
+    resumed = recipes.train(dls, *recipe, folders[1], lrs)
     weights = [load_state(folder/'checkpoint.pth') for folder in folders]
     for part in ('model', *recipes.AVERAGES):
         one, other = (w['model'] if part == 'model' else w['averages'][part] for w in weights)
