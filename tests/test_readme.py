@@ -57,6 +57,9 @@ def test_its_other_numbers_are_those_of_the_published_results():
     assert 'and 0.998 lost {:.2f}, {:.2f} and {:.2f}.'.format(*(-gain for gain in gains['0.998'])) in text
     assert f'on {plain["test_images"]:,} training images held out for it, whose' in text
     assert f'a standard {error(plain)}. Of' in text
+    assert f'On {plain["train_images"]:,} images (seed 42) the' in text
+    averaged, last = (results.mean_accuracy([r['accuracy']]) for r in (plain['averages']['0.995'], plain))
+    assert f"{averaged} of {plain['test_images']:,} held-out training images correctly, the last step's {last}." in text
     decay = [100 * (r['accuracy'] - plain['accuracy']) for r in others]
     assert '0.1 and 0.5 instead of 0.01 gained {:.2f} and {:.2f} points'.format(*decay) in text
     arms = results.load(ROOT/'docs/recipes/schedule/8-every-4-bs-128', results.ARMS['schedule'])
