@@ -111,6 +111,7 @@ def test_every_command_runs(folder, tmp_path, monkeypatch):
     elsewhere = {
         'python train_fastai.py', 'python train_fastai.py --ema 0',
         'python tests/kill.py --kills 20',  # test_train_fastai.py, with fewer kills
+        'python benchmarks/recipes.py seeds --seeds 42,43,44,45,46',
         'python benchmarks/recipes.py ingredients --seeds 42',
         'python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8 --every 4 --bs 128',
         'python benchmarks/recipes.py peak --seeds 42 --epochs 8 --every 4 --bs 128',
