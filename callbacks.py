@@ -2,10 +2,10 @@
 import contextlib
 import io
 import pickle
+import warnings
 import zipfile
 
 from fastai.vision.all import *
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import InputError
 
@@ -17,9 +17,11 @@ def is_training_run(learn: Learner) -> bool:
 
 class TrainingCallback(Callback):
     """A callback that sees training runs only."""
+    sees = False  # `learn.summary()` fires `after_batch` alone
 
     def __call__(self, event_name: str):
-        if is_training_run(self.learn): super().__call__(event_name)
+        if event_name == 'before_fit': self.sees = is_training_run(self.learn)
+        if self.sees and hasattr(type(self), event_name): super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
@@ -41,6 +43,33 @@ class SeedEpochs(Callback):
         if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
 
 
+class Mean(AvgMetric):
+    """fastai's mean of a function of predictions and targets, which does not wait for the GPU at every batch."""
+
+    def accumulate(self, learn: Learner):
+        n = find_bs(learn.yb)
+        self.total += self.func(learn.pred.detach(), *learn.yb) * n
+        self.count += n
+
+
+class MeanLoss(AvgLoss):
+    """fastai's mean loss, which does not wait for the GPU at every batch."""
+
+    def accumulate(self, learn: Learner):
+        n = find_bs(learn.yb)
+        self.total += learn.loss.detach().mean() * n
+        self.count += n
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss, which does not wait for the GPU at every batch."""
+
+    def accumulate(self, learn: Learner):
+        loss = learn.loss.detach().mean()
+        self.count += 1
+        self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
+
+
 class History(TrainingCallback):
     """Records the training run: `rows`, a dict an epoch, and `schedule`, the LR and momentum of every training batch.
 
@@ -51,7 +80,7 @@ class History(TrainingCallback):
     order = Recorder.order + 1
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
-    def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., AvgLoss()
+    def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., MeanLoss()
 
     def before_epoch(self): self.start = time.perf_counter()
 
@@ -115,6 +144,27 @@ class Precision(MixedPrecision):
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, enabled=not bf16), L()
 
 
+class CUDAGraph(TrainingCallback):
+    """Records the network's forward and backward pass on a GPU once and replays them in every step.
+
+    The same kernels with the same results: launching them one by one takes a fast GPU longer than computing them.
+    """
+    order = Precision.order + 1  # within its autocast
+
+    def before_batch(self):
+        if not self.training or 'forward' in vars(self.model): return
+        statistics = [b.clone() for b in self.model.buffers()]  # which recording changes
+        images = self.x.as_subclass(Tensor).clone()
+        self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
+        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
+        with torch.autocast('cuda', dtype, enabled=enabled, cache_enabled=False), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
+            torch.cuda.make_graphed_callables(self.model, (images,))  # in evaluation the model is as it was
+        for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
+
+    def after_fit(self): vars(self.model).pop('forward', None)
+
+
 def best_precision(device: torch.device) -> str:
     """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
@@ -124,42 +174,103 @@ def best_precision(device: torch.device) -> str:
     return 'fp32'
 
 
+class CrossEntropy(CrossEntropyLossFlat):
+    """Cross-entropy with smoothed labels (arXiv:1512.00567) in training, and plain without gradients: in every test."""
+
+    def __init__(self, label_smoothing: float = 0.):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, inp: Tensor, targ: Tensor, **kwargs) -> Tensor:
+        self.func.label_smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.
+        return super().__call__(inp, targ, **kwargs)
+
+
 class StopOnNaN(TrainingCallback):
-    """Ends the training run at a loss that is not finite; `where` then says at which batch, and else is None."""
+    """Ends the training run at a loss that is not finite; `where` then says at which batch, and else is None.
+
+    On a GPU it looks at the losses after each epoch: a look at every batch would keep the GPU waiting.
+    """
     order = Recorder.order - 1
-    where = None
+
+    def __init__(self): self.where, self.finite = None, []
 
     def before_fit(self): self.where = None
 
+    def before_train(self): self.finite = []
+
+    before_validate = before_train
+
     def after_batch(self):
-        if torch.isfinite(self.loss): return
+        self.finite.append(torch.isfinite(self.loss))
+        if self.loss.device.type == 'cpu': self.look()
+
+    def after_train(self): self.look()
+
+    after_validate = after_train
+
+    def look(self):
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        if all(finite): return
         if not (self.training or self.recorder.losses): return  # a bare `learn.validate()` has nothing to end
-        if self.training: self.where = f'batch {self.iter + 1} of {self.n_iter} of epoch {self.epoch + 1}'
+        if self.training: self.where = f'batch {finite.index(False) + 1} of {self.n_iter} of epoch {self.epoch + 1}'
         else: self.where = f'the test after epoch {self.epoch + 1}'
         raise CancelFitException
 
 
-class WeightAverage(TrainingCallback):
-    """Tests, and at the end keeps, an exponential moving average of the weights instead of those of the last step.
+def averaged(model: nn.Module) -> list[Tensor]:
+    """What of a model is averaged: its weights, and the statistics of its batch norms."""
+    return [t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
 
-    An LR that is not annihilated leaves the weights wandering about a better place, their mean. `decay` is that of a
-    step, and smaller at first, lest the average remember the initial weights. Batch norm's statistics are averaged too.
-    What was tested stays in the model until the next epoch: callbacks that save the best model look for it there.
+
+class MovingAverage:
+    """An exponential moving average of a model's weights, and of batch norm's statistics, in the copy `module`.
+
+    `decay` is that of a step, and smaller at first, lest the average remember the initial weights. (torch's
+    AveragedModel would wait for the GPU at every step.)
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.decay, self.steps = deepcopy(model), decay, 0
+        self.average, self.latest = averaged(self.module), averaged(model)
+
+    def update(self):
+        """Takes in the model's weights after a step."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.
+        torch._foreach_lerp_(self.average, self.latest, 1 - decay)
+        self.steps += 1
+
+    def swap(self):
+        """Exchanges the averaged weights and the model's."""
+        for average, latest in zip(self.average, self.latest, strict=True):
+            kept = average.clone()
+            average.copy_(latest)
+            latest.copy_(kept)
+
+    def state_dict(self) -> dict: return dict(steps=self.steps, module=self.module.state_dict())
+
+    def load_state_dict(self, state: dict):
+        self.steps = state['steps']
+        self.module.load_state_dict(state['module'])
+
+
+class WeightAverage(TrainingCallback):
+    """Tests, and at the end keeps, a `MovingAverage` of the weights instead of those of the last step.
+
+    An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
+    approximates. What was tested stays in the model until the next epoch: callbacks that save the best model look for
+    it there.
     """
     order = History.order
 
     def __init__(self, decay: float): self.decay = decay
 
-    def before_fit(self): self.average, self.swapped = AveragedModel(self.model, use_buffers=True), False
+    def before_fit(self): self.average, self.swapped = MovingAverage(self.model, self.decay), False
 
-    def after_step(self):
-        n = self.average.n_averaged.item()
-        self.average.multi_avg_fn = get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))
-        self.average.update_parameters(self.model)
+    def after_step(self): self.average.update()
 
     def swap(self):
-        ours, others = ([*m.parameters(), *m.buffers()] for m in (self.model, self.average.module))
-        for a, b in zip(ours, others, strict=True): a.data, b.data = b.data, a.data
+        self.average.swap()
         self.swapped = not self.swapped
 
     def before_epoch(self):
@@ -240,6 +351,14 @@ class ResumableLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def to_fp16(self, **kwargs) -> Learner:
+        """As fastai's, but in place of a precision that is there already: two of them would scale the loss twice."""
+        return self.remove_cb(MixedPrecision).add_cb(Precision('fp16', **kwargs))
+
+    def to_bf16(self) -> Learner:
+        """As fastai's, but on any device, and in place of a precision that is there already."""
+        return self.remove_cb(MixedPrecision).add_cb(Precision('bf16'))
 
 
 class Checkpoint(Callback):

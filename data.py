@@ -1,16 +1,21 @@
 """CIFAR-10 as fastai `DataLoaders`: where the images come from, their augmentation, and a loader of whole batches."""
 import contextlib
 import hashlib
+import io
 import tempfile
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 from fastai.vision.all import *
 from PIL import ImageOps
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_png
+from torchvision.transforms.v2 import functional as TF
 
 from errors import InputError, one_line
 
 SIZE = 32
 CIFAR_IMAGES = 60_000
+CHUNK = 250  # images that a thread decodes in one go
 SHOW_PROGRESS = sys.stdout.isatty() or IN_NOTEBOOK  # a bar in a log file is noise
 MEAN_COLOUR = [round(255 * m) for m in cifar_stats[0]]  # zero once normalised, up to the rounding of a byte
 
@@ -27,10 +32,10 @@ def get_data(path: str | Path | None = None) -> Path:
         if not getattr(e, 'errno', None): archive.unlink(missing_ok=True)  # else untar_data would try it for ever
         raise InputError(f'CIFAR-10 could not be downloaded and unpacked ({one_line(e)}); '
                          'check network and disk, or pass a folder that holds it: --data DIR') from e
-    n = sum(name.endswith('.png') for _, _, names in os.walk(path) for name in names)
+    n = len(get_image_files(path, folders=['train', 'test']))
     if n != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking cut short
         raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it, and {archive} '
-                         'if there is one, and CIFAR-10 is downloaded anew')
+                         'if it exists, and CIFAR-10 is downloaded again')
     return path
 
 
@@ -59,7 +64,11 @@ def image_files(path: str | Path) -> L:
         classes[split] = {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
     if odd := sorted(classes['train'] ^ classes['test']):
         has, lacks = ('train', 'test') if odd[0] in classes['train'] else ('test', 'train')
-        raise InputError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}')
+        def letters(name): return unicodedata.normalize('NFC', name)
+        twin = any(letters(c) == letters(odd[0]) for c in classes[lacks])
+        raise InputError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}' + (
+            ', which has one of the same letters, composed differently (in Unicode); rename one of the two folders'
+            if twin else ''))
     files = get_image_files(path, folders=['train', 'test']).sorted()  # a directory's order differs between machines
     counts = Counter(f.parent for f in files)
     if not files: raise InputError(f'data folder {path} holds no images; expected {path/"train"/"<class>"/"*.png"}')
@@ -75,20 +84,35 @@ def image_files(path: str | Path) -> L:
     return files
 
 
+def read_image(file: Path | str) -> Tensor:
+    """The image in `file`, of any kind and size, as RGB: (3, H, W) uint8. The one reader of images in this project.
+
+    It is upright, as its camera noted, and what is transparent is white. Raises `InputError`.
+    """
+    try:
+        content = Path(file).read_bytes()
+        plain = content[24:26] == b'\x08\x02' and content.startswith(b'\x89PNG')  # 8 bits, RGB
+        if plain and b'tRNS' not in content and b'eXIf' not in content:
+            with contextlib.suppress(RuntimeError):  # twice as fast as Pillow, which explains what is wrong
+                return decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        with Image.open(io.BytesIO(content)) as image:
+            if getattr(image, 'n_frames', 1) > 1: raise ValueError('it is a sequence of images')
+            if image.mode in 'FI': raise ValueError('its pixels have more than 8 bits')
+            if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+            return image2tensor(image.convert('RGB'))
+    except Exception as e:  # Pillow's many kinds
+        raise InputError(f'{file} cannot be read as an image ({getattr(e, "strerror", None) or one_line(e)})') from e
+
+
 class RGBImage(PILImage):
-    """A `PILImage` of any file: upright, as its camera noted, and 8 bits a channel."""
+    """A `PILImage` whose files are read by `read_image`."""
 
     @classmethod
     def create(cls, fn: Path | str | Tensor | ndarray | bytes | Image.Image, **kwargs):  # the types steer fastai
-        """As fastai's, which ignores a photograph's orientation and cuts 16 bits off at 255."""
-        if isinstance(fn, str | Path):
-            fn = ImageOps.exif_transpose(Image.open(fn))
-            if fn.mode.startswith('I'):  # 16 bits, or 32 that hold 8 or 16
-                pixels = np.asarray(fn)
-                wide = fn.mode != 'I' or pixels.max() > 255
-                fn = Image.fromarray((pixels / (257 if wide else 1)).clip(0, 255).round().astype(np.uint8))
-            if fn.mode == 'F': raise ValueError('floating-point pixels, whose range nobody knows')
-            fn = fn.convert('RGB')
+        if isinstance(fn, str | Path): fn = read_image(fn).permute(1, 2, 0).numpy()
         return super().create(fn, **kwargs)
 
 
@@ -113,12 +137,12 @@ class Augmentation(DisplayedTransform):
 
     def draw(self, high: int, x: Tensor) -> Tensor:
         """An integer in [0, high) for each image of the batch `x`, (N,) int64 on its device."""
-        return torch.randint(high, (len(x),)).to(x.device)
+        return torch.randint(high, (len(x),)).to(x.device, non_blocking=True)
 
 
 def mean_colour(x: Tensor) -> Tensor:
     """The data set's mean colour on the device of `x`, (3,) uint8."""
-    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=x.device)
+    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8).to(x.device, non_blocking=True)
 
 
 def windows(x: Tensor, h: int, w: int) -> Tensor:
@@ -127,18 +151,16 @@ def windows(x: Tensor, h: int, w: int) -> Tensor:
 
 
 class PadCrop(Augmentation):
-    """Pads every side with `pad` pixels of the mean colour, then crops the original size at a random place."""
+    """Pads every side with `pad` pixels of the image's reflection, then crops the original size at a random place."""
     order = 6  # item transforms run in this order, after ToTensor (5)
 
     def __init__(self, pad: int = 4): self.pad = pad
 
+    def padded(self, x: Tensor) -> Tensor: return TF.pad(x, self.pad, padding_mode='reflect')
+
     def augment(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        p = self.pad
-        row = mean_colour(x).repeat(w + 2*p)
-        padded = row.repeat(n, h + 2*p, 1).unflatten(2, (w + 2*p, c)).permute(0, 3, 1, 2)  # channels-last memory
-        padded[:, :, p:p+h, p:p+w] = x
-        return windows(padded, h, w)[torch.arange(n, device=x.device), self.draw(2*p + 1, x), self.draw(2*p + 1, x)]
+        (n, _, h, w), high = x.shape, 2*self.pad + 1
+        return windows(self.padded(x), h, w)[torch.arange(n, device=x.device), self.draw(high, x), self.draw(high, x)]
 
 
 class FlipLR(Augmentation):
@@ -176,39 +198,30 @@ class BatchDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         for idxs in self.chunkify(samps):
-            idxs = torch.tensor(idxs, device=images.device)
+            idxs = torch.tensor(idxs).to(images.device, non_blocking=True)  # nothing in a step waits for the GPU
             yield self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
 
 
-def decode_image_file(file: Path) -> Tensor:
-    """The image in `file` as RGB: (3, 32, 32) uint8. Raises `InputError`."""
-    try: image = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, ValueError, OSError): image = None
-    if image is None or image.dtype != torch.uint8:  # torchvision is fast; Pillow knows more kinds and explains itself
-        try: image = image2tensor(RGBImage.create(file))
-        except Exception as e: raise InputError(f'{file} cannot be read as an image ({one_line(e)})') from e
-    if image.ndim != 3: raise InputError(f'{file} is a sequence of images; convert or remove it')
-    if image.shape[1:] != (SIZE, SIZE):
-        raise InputError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; resize or remove it')
-    return image
-
-
-def _decode_chunk(files: list[Path]) -> Tensor | InputError:
-    # An exception would come back from a worker process wrapped in its traceback: returned, it stays one line.
-    try: return torch.stack([decode_image_file(f).permute(1, 2, 0) for f in files])
-    except InputError as e: return e
-
-
-def decode_images(files: list[Path]) -> Tensor:
+def decode_images(files: Sequence[Path]) -> Tensor:
     """The `files` decoded on all cores: (N, 3, 32, 32) uint8 in channels-last memory. Raises `InputError`."""
-    # Processes, since threads would queue for Python's lock. Where processes cannot fork, starting them costs more.
-    workers = min(defaults.cpus, len(files) // 1000) if sys.platform == 'linux' else 0
-    loader = torch.utils.data.DataLoader(files, batch_size=500, collate_fn=_decode_chunk, num_workers=workers)
-    chunks = []
-    for chunk in progress_bar(loader, leave=False) if SHOW_PROGRESS else loader:
-        if isinstance(chunk, InputError): raise chunk
-        chunks.append(chunk)
-    return torch.cat(chunks).permute(0, 3, 1, 2)
+    images = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
+
+    def decode(start: int):
+        for i, file in enumerate(files[start:start + CHUNK], start):
+            image = read_image(file)
+            if image.shape[1:] != (SIZE, SIZE):
+                raise InputError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; '
+                                 'resize or remove it')
+            images[i] = image.permute(1, 2, 0).numpy()
+
+    # Threads: the decoder lets others run, and worker processes need shared memory and a guarded script.
+    with ThreadPoolExecutor(defaults.cpus) as pool:
+        try:
+            starts = range(0, len(files), CHUNK)
+            done = pool.map(decode, starts)
+            for _ in progress_bar(done, total=len(starts), leave=False) if SHOW_PROGRESS else done: pass
+        finally: pool.shutdown(cancel_futures=True)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_workers: int | None = None,
@@ -221,10 +234,9 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
     loader decodes and augments item by item in `num_workers` processes. Of each folder only one image in `every` is
     taken. Raises `InputError`.
     """
-    def get_items(path):
-        return L(files[::every] for files in groupby(image_files(path), lambda f: f.parent).values()).concat()
-
-    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=get_items, get_y=parent_label,
+    files = L(o[::every] for o in groupby(image_files(path), lambda f: f.parent).values()).concat()
+    images = decode_images(files)  # with the stock loader just a check: better now than in mid-training
+    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,
                       splitter=GrandparentSplitter(train_name='train', valid_name='test'),
                       item_tfms=[FitSize(), PadCrop(4), FlipLR(), Cutout(8)],
                       batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=TfmdDL if stock_loader else BatchDL)
@@ -233,11 +245,10 @@ def get_dls(path: str | Path, bs: int = 512, stock_loader: bool = False, num_wor
         share = f', taking one in {every}' if every > 1 else ''
         raise InputError(f'{path} has {len(dls.train_ds)} training images{share}, fewer than one batch of {bs}; '
                          'lower --bs')
-    class_index = dls.vocab.o2i
+    if stock_loader: return dls
+    place, class_index = {file: i for i, file in enumerate(files)}, dls.vocab.o2i
     for ds in (dls.train_ds, dls.valid_ds):
-        images = decode_images(ds.items)  # with the stock loader just a check: better now than in mid-training
-        if stock_loader: continue
-        ds.images = images.to(dls.device)
+        ds.images = images[[place[f] for f in ds.items]].to(dls.device)
         ds.labels = tensor([class_index[f.parent.name] for f in ds.items]).to(dls.device)
     return dls
 

@@ -35,8 +35,8 @@ def load_run(run: str | Path, with_data: bool = True) -> Learner:
         raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
     try:
         m = json.loads((run/'metrics.json').read_text())
-        classes, digest, precision = list(m['classes']), m['data_sha256'], m['precision']
-        options = {k: m['options'][k] for k in ('data', 'bs', 'stock_loader', 'taste')}
+        classes, digest, precision = list(m['classes']), m['fingerprint'], m['precision']
+        options = {k: m['options'][k] for k in ('data', 'bs', 'taste')}
         if not classes or any(Path(c).name != c for c in classes): raise ValueError('classes without names')
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from fastai.callback.schedule import minimum, valley
+from fastai.callback.schedule import valley
 from fastai.vision.all import *
 from fastcore.script import anno_parser, is_cli
 
@@ -31,12 +31,17 @@ import figures
 from arch import ResNet
 from callbacks import (
     Checkpoint,
+    CrossEntropy,
+    CUDAGraph,
     FinalPredictions,
     History,
+    Mean,
+    MeanLoss,
     PlainLog,
     Precision,
     ResumableLearner,
     SeedEpochs,
+    SmoothLoss,
     StopOnNaN,
     WeightAverage,
     best_precision,
@@ -55,8 +60,8 @@ except ImportError: fcntl = None  # Windows has no such locks
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
 
 
-def weight_decay_groups(model: nn.Module, wd: float = 0.01) -> list[dict]:
-    """fastai's default decay for a torch optimizer: none on batch norm and biases, which are the 1-d parameters."""
+def weight_decay_groups(model: nn.Module, wd: float) -> list[dict]:
+    """fastai's weight decay for a torch optimizer: none on batch norm and biases, which are the 1-d parameters."""
     decayed, plain = [], []
     for p in model.parameters(): (decayed if p.ndim > 1 else plain).append(p)
     return [dict(params=decayed, weight_decay=wd), dict(params=plain, weight_decay=0.)]
@@ -72,13 +77,14 @@ def keep_freed_memory():
 
 
 def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path: str | Path = '.',
-                ema: float = 0.995) -> Learner:
+                ema: float = 0.995, wd: float = 0.1, label_smoothing: float = 0.1, eps: float = 1e-5) -> Learner:
     """A fastai `Learner` of the assignment's network for `dls`; whatever it saves goes to `path`.
 
     The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to
     rounding) in a fraction of the time. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial
     weights and all randomness of every epoch; on a CPU the same seed gives the same run. `ema` is the decay of the
-    moving average of the weights that is tested and kept; with 0 it is the last step's weights. Raises `InputError`.
+    moving average of the weights that is tested and kept; with 0 it is the last step's weights. `wd` is the decoupled
+    weight decay. `label_smoothing` applies to the training loss alone. Raises `InputError`.
     """
     if precision not in (modes := ('auto', 'fp32', 'bf16', 'fp16')):
         raise InputError(f'--precision {precision} is not one of {", ".join(modes)}')
@@ -90,36 +96,48 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
     torch.backends.cudnn.benchmark = True
     if dls.device.type == 'cpu': keep_freed_memory()
     model = ResNet(3, len(dls.vocab)).to(dls.device, memory_format=torch.channels_last)
-    adam = partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=1e-5, fused=True)
+    adam = partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=eps, fused=True)
     cbs = [SeedEpochs(seed), History(), FinalPredictions(), StopOnNaN()]
     if precision != 'fp32': cbs.append(Precision(precision))
+    if dls.device.type == 'cuda': cbs.append(CUDAGraph())
     if ema: cbs.append(WeightAverage(ema))
-    learn = ResumableLearner(dls, model, opt_func=adam, splitter=weight_decay_groups, metrics=accuracy, cbs=cbs,
-                             path=path)
-    learn.recorder.train_metrics = True
+    learn = ResumableLearner(dls, model, loss_func=CrossEntropy(label_smoothing), opt_func=adam,
+                             splitter=partial(weight_decay_groups, wd=wd), metrics=Mean(accuracy), cbs=cbs, path=path)
+    recorder = learn.recorder
+    recorder.train_metrics, recorder.loss, recorder.smooth_loss = True, MeanLoss(), SmoothLoss()
     if not SHOW_PROGRESS: learn.remove_cb(ProgressCallback).add_cb(PlainLog())
     return learn
 
 
+def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float, float]]:
+    """A suggestion for `lr_find`: a tenth of the middle, on the log scale, of the rates with about the least loss.
+
+    These are the rates whose loss is within a tenth of the whole descent. The single rate of least loss, of which
+    fastai's `minimum` is a tenth, varies twice as much from seed to seed.
+    """
+    low = losses.min()
+    middle = lrs[losses <= low + 0.1 * (losses[0] - low)].log().mean().exp()
+    return middle.item() / 10, (middle.item(), losses[(lrs - middle).abs().argmin()])
+
+
 def find_lrs(learn: Learner) -> tuple[float, float]:
-    """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion and its `minimum` (a tenth of the LR of least loss).
+    """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, but a tenth of LRMAX at most, and our `basin`.
 
     Raises `RunError` where the finder's answer is of no use.
     """
     try:
         with tempfile.TemporaryDirectory() as tmp, contextlib.contextmanager(replacing_yield)(learn, 'model_dir', tmp):
-            lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, minimum), show_plot=False)
+            lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=False)
     except torch.OutOfMemoryError: raise
     except (IndexError, RuntimeError, ValueError) as e:
         raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
-    if not 0 < lr_min < lr_max < float('inf'):
-        raise RunError(f'the LR finder gave no usable range, LRMIN {lr_min:.2e} and LRMAX {lr_max:.2e}; '
-                       'set --lr-min and --lr-max')
-    return lr_min, lr_max
+    if not 0 < lr_min < float('inf') or not 0 < lr_max < float('inf'):
+        raise RunError('the LR finder gave no usable rates; set --lr-min and --lr-max')
+    return min(lr_min, lr_max / 10), lr_max
 
 
 def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max: float | None, final_div: float,
-                  ema: float, **_):
+                  ema: float, wd: float, label_smoothing: float, **_):
     """Raises `InputError` for the first option out of its range."""
     if epochs < 1: raise InputError(f'--epochs {epochs} is less than 1')
     if bs < 1: raise InputError(f'--bs {bs} is less than 1')
@@ -128,6 +146,9 @@ def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max:
     if lr_min is not None and not 0 < lr_min < lr_max < float('inf'):
         raise InputError(f'--lr-min {lr_min:g} --lr-max {lr_max:g}: must be 0 < LRMIN < LRMAX')
     if not 0 < final_div < float('inf'): raise InputError(f'--final-div {final_div:g} is not a positive number')
+    if not 0 <= wd < float('inf'): raise InputError(f'--wd {wd:g} is negative or not finite')
+    if not 0 <= label_smoothing < 1:
+        raise InputError(f'--label-smoothing {label_smoothing:g} is not at least 0 and less than 1')
     if not 0 <= ema < 1: raise InputError(f'--ema {ema:g} is not at least 0 and less than 1')
 
 
@@ -214,14 +235,13 @@ def command_line(options: dict) -> str:
 
 def load_data(options: dict) -> DataLoaders:
     """The `DataLoaders` of a run with `options`. Raises `InputError`."""
-    return get_dls(get_data(options['data']), bs=options['bs'], stock_loader=options['stock_loader'],
-                   every=10 if options['taste'] else 1)
+    return get_dls(get_data(options['data']), bs=options['bs'], every=10 if options['taste'] else 1)
 
 
-def experiment(learn: Learner, o: SimpleNamespace, data: str, state: dict | None, start: float):
+def experiment(learn: Learner, o: SimpleNamespace, images: str, state: dict | None, start: float):
     """Finds the learning rates, trains and leaves everything in `learn.path`.
 
-    `o` are the options, `data` is the fingerprint of the images, `state` a checkpoint to go on from, and `start` when
+    `o` are the options, `images` is their fingerprint, `state` a checkpoint to go on from, and `start` when
     the program began, by `time.perf_counter()`. Raises `RunError`.
     """
     dls, out = learn.dls, learn.path
@@ -242,8 +262,8 @@ def experiment(learn: Learner, o: SimpleNamespace, data: str, state: dict | None
         save_figure(figures.lr_finder(lrs, losses, lr_min, lr_max), out/'lr_find.png')
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-    checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision, data=data), start,
-                            state)
+    checkpoint = Checkpoint(dict(options=vars(o), lr_min=lr_min, lr_max=lr_max, precision=precision,
+                                 fingerprint=images), start, state)
     div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the same divisor as the start
     try:
         learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START, cbs=checkpoint)
@@ -268,7 +288,7 @@ def experiment(learn: Learner, o: SimpleNamespace, data: str, state: dict | None
         **{k: rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
         first_epoch_over_90=first(row['epoch'] for row in rows if row['test_accuracy'] > 0.9),
         seconds_training=learn.history.seconds_training, seconds_total=checkpoint.seconds_total(),
-        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), classes=list(dls.vocab), data_sha256=data,
+        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=images,
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         options=vars(o))
     write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
@@ -306,17 +326,19 @@ def main(
     lr_min: float = None,  # learning rate at the start and the end; with --lr-max, instead of the LR finder
     lr_max: float = None,  # learning rate at the peak; with --lr-min, instead of the LR finder
     final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
+    wd: float = 0.1,  # decoupled weight decay, not on batch norm and biases
+    label_smoothing: float = 0.1,  # share of the label that training spreads over all classes
     ema: float = 0.995,  # decay of the moving average of the weights, which is tested and kept; 0 for none
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto takes what the hardware is made for
     taste: bool = False,  # a first look within two minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
-    stock_loader: bool = False,  # fastai's own loader, item by item: slower, and other random draws
     resume: str = None,  # folder of an interrupted run to go on with, under its own options
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
     start = time.perf_counter()
     data, out = data and str(data), out and str(out)
     options = dict(data=data, out=out, epochs=epochs, bs=bs, seed=seed, lr_min=lr_min, lr_max=lr_max,
-                   final_div=final_div, ema=ema, precision=precision, taste=taste, stock_loader=stock_loader)
+                   final_div=final_div, wd=wd, label_smoothing=label_smoothing, ema=ema, precision=precision,
+                   taste=taste)
     if taste: options |= dict(epochs=min(epochs, 4), bs=min(bs, 64))
     out = Path(out or Path('runs')/time.strftime('%Y-%m-%d-%H%M%S')) if resume is None else Path(resume)
 
@@ -334,10 +356,10 @@ def main(
         print('Reading the images …', flush=True)
         dls = load_data(options)
         images = fingerprint(dls)
-        if state and state['data'] != images:
+        if state and state['fingerprint'] != images:
             raise InputError(f'{dls.path} holds other images than the run in {out} was trained on')
         if o.data: o.data = str(Path(o.data).absolute())  # a run can be gone on with from anywhere
-        learn = get_learner(dls, precision, o.seed, path=out, ema=o.ema)
+        learn = get_learner(dls, precision, o.seed, path=out, ema=o.ema, wd=o.wd, label_smoothing=o.label_smoothing)
         if not state:
             lock.enter_context(locked(out, new=True))
             check_out(out)  # another run may have come first

@@ -6,11 +6,13 @@
     python benchmarks/recipes.py schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, by the test set
     python benchmarks/recipes.py peak --seeds 42,43                  # LRMAX as found, a third and three times of it
     python benchmarks/recipes.py ingredients --seeds 42,43           # by a tenth of the training images, held out
+    python benchmarks/recipes.py test --seeds 42 --arms plain        # such a recipe on all images, with the test set
 
 Each run is written to `runs/recipes/<table>/<epochs>/<arm>-<seed>.json` when it ends, where `<epochs>`, which `finder`
 lacks, has `-every-4` and `-bs-128` added with such options; what is there is not done again, and an interrupted run
-goes on from its last whole epoch. `results.py` makes tables and figures of these files. The test set chooses nothing:
-`peak` and `ingredients` do not see it, and `schedule` compares readings of the assignment.
+goes on from its last whole epoch. Several processes may work at one table. `results.py` makes tables and figures of
+these files. The test set chooses nothing: `peak` and `ingredients` do not see it, `schedule` compares readings of the
+assignment, and `test` reports.
 """
 import contextlib
 import functools
@@ -27,24 +29,32 @@ import errors  # isort: skip  # noqa: F401, before fastai, whose import it silen
 from fastai.callback.schedule import minimum, slide, steep, valley
 from fastai.vision.all import *
 from fastcore.script import call_parse
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms.v2 import functional as TF
 
-from callbacks import Checkpoint, load_state, write_whole
-from data import get_data, get_dls
-from errors import RunError
+from callbacks import Checkpoint, MovingAverage, load_state, write_whole
+from data import MEAN_COLOUR, PadCrop, get_data, get_dls
+from errors import InputError, RunError
 from predict import get_log_probs, load_run
-from train_fastai import PCT_START, device_name, find_lrs, get_learner, locked, weight_decay_groups
+from train_fastai import PCT_START, basin, device_name, find_lrs, get_learner, locked
 from train_fastai import main as train_fastai
 
-LR_MIN, LR_MAX = 1.6e-4, 2.3e-3  # as the finder gives for seed 42
+PLAIN = dict(wd=0.01, label_smoothing=0., pad='mean-colour')
 ARMS = dict(
     seeds={'experiment': {}},
     finder={'lr-find': {}},
-    ingredients={'plain': {}, 'wd-0.1': dict(wd=0.1), 'wd-0.5': dict(wd=0.5)},
+    ingredients={
+        'default': {}, 'plain': PLAIN,
+        'wd-0.05': dict(wd=0.05), 'wd-0.2': dict(wd=0.2), 'wd-0.4': dict(wd=0.4),
+        'smoothing-0': dict(label_smoothing=0.), 'smoothing-0.2': dict(label_smoothing=0.2),
+        'lr-max-x2': dict(times=2.), 'lr-max-x4': dict(times=4.),
+        'pad-mean-colour': dict(pad='mean-colour'), 'eps-1e-8': dict(eps=1e-8),
+        'lr-max-x2-wd-0.2': dict(times=2., wd=0.2), 'lr-max-x4-wd-0.2': dict(times=4., wd=0.2),
+        'lr-max-x2-wd-0.4': dict(times=2., wd=0.4), 'lr-max-x4-wd-0.4': dict(times=4., wd=0.4)},
     schedule={
         'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
         'div-final-1e5-annihilates': dict(div_final=1e5)},
     peak={'lr-max': {}, 'lr-max-third': dict(times=1/3), 'lr-max-threefold': dict(times=3.)})
+ARMS['test'] = ARMS['ingredients']
 AVERAGES = 0.99, 0.995, 0.998  # decay a step of the exponential moving averages, which every run keeps
 
 
@@ -58,7 +68,7 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
 
 
 class WeightAverages(Callback):
-    """Keeps exponential moving averages of the weights and of batch norm's statistics: `models`, by their decay.
+    """Keeps a `MovingAverage` for each of several decays: `models`, by their decay.
 
     After each epoch they are put into `header`, which a checkpoint stores; they begin as the checkpoint `state` has it.
     """
@@ -67,15 +77,20 @@ class WeightAverages(Callback):
     def __init__(self, header: dict, state: dict | None): self.header, self.state = header, state
 
     def before_fit(self):
-        self.models = {d: AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(d), use_buffers=True)
-                       for d in AVERAGES}
+        self.models = {d: MovingAverage(self.model, d) for d in AVERAGES}
         if self.state and self.state['epochs_done']:
             for d, model in self.models.items(): model.load_state_dict(self.state['averages'][d])
 
     def after_step(self):
-        for model in self.models.values(): model.update_parameters(self.model)
+        for model in self.models.values(): model.update()
 
     def after_epoch(self): self.header['averages'] = {d: model.state_dict() for d, model in self.models.items()}
+
+
+class MeanColourPadCrop(PadCrop):
+    """Pads with the data set's mean colour instead of a reflection."""
+
+    def padded(self, x: Tensor) -> Tensor: return TF.pad(x, self.pad, fill=MEAN_COLOUR)
 
 
 def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
@@ -97,33 +112,36 @@ def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path) 
 
 
 def find(dls: DataLoaders, seed: int, folder: str) -> dict:
-    """The curve of the finder and all that fastai reads from it; the experiment's two are `valley` and `minimum`."""
+    """The curve of the finder and all that can be read from it; the experiment's two are `valley` and `basin`."""
     learn = get_learner(dls, seed=seed, path=folder)
-    found = learn.lr_find(suggest_funcs=(valley, minimum, steep, slide), show_plot=False)
+    found = learn.lr_find(suggest_funcs=(valley, basin, minimum, steep, slide), show_plot=False)
     return dict(found._asdict(), seed=seed, device=device_name(dls.device), lrs=learn.recorder.lrs,
                 losses=[float(loss) for loss in learn.recorder.losses])
 
 
-def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs: tuple[float, float]) -> dict:
+def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs: tuple[float, float],
+          checkpoints: bool = True) -> dict:
     """Trains once, with what `arm` changes and checkpoints in `folder`; returns the arm and what came of it.
 
     `lrs` are LRMIN and LRMAX, the latter before an arm multiplies it by its `times`.
     """
     lr_min, lr_max = lrs[0], lrs[1] * arm.get('times', 1)
     div = lr_max / lr_min
-    recipe = dict(wd=0.01, div_final=div) | arm
-    learn = get_learner(dls, seed=seed, path=folder, ema=0)
-    learn.splitter = partial(weight_decay_groups, wd=recipe['wd'])
+    padding = MeanColourPadCrop(4) if arm.get('pad') == 'mean-colour' else PadCrop(4)
+    tfms = [padding if isinstance(tfm, PadCrop) else tfm for tfm in dls.train.after_item.fs]
+    learn = get_learner(DataLoaders(dls.train.new(after_item=Pipeline(tfms)), dls.valid), seed=seed, path=folder,
+                        ema=0, **{k: v for k, v in arm.items() if k in ('wd', 'label_smoothing', 'eps')})
     file = folder/Checkpoint.file
     state = load_state(file) if file.exists() else None
     averages = WeightAverages(header := {}, state)
-    learn.fit_one_cycle(epochs, lr_max, div=div, div_final=recipe['div_final'], pct_start=PCT_START,
-                        cbs=[averages, Checkpoint(header, time.perf_counter(), state)])
+    cbs = [averages] + ([Checkpoint(header, time.perf_counter(), state)] if checkpoints else [])
+    div_final = arm.get('div_final', div)
+    learn.fit_one_cycle(epochs, lr_max, div=div, div_final=div_final, pct_start=PCT_START, cbs=cbs)
     if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
-    return dict(recipe, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=lr_min, lr_max=lr_max,
+    return dict(arm, div_final=div_final, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=lr_min, lr_max=lr_max,
                 train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
                 history=learn.history.rows, **accuracies(learn, learn.model),
-                averages={d: accuracies(learn, model) for d, model in averages.models.items()})
+                averages={d: accuracies(learn, o.module) for d, o in averages.models.items()})
 
 
 @call_parse
@@ -136,8 +154,11 @@ def main(
     every: int = 1,  # of each class only one image in this many is used; not in `seeds`
     data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
     out: str = 'runs/recipes',  # folder for the results
+    no_checkpoint: bool = False,  # where a run takes seconds: it begins anew if interrupted
+    minutes: float = float('inf'),  # begin no run after so many minutes
 ):
     "Train the arms of a table with every seed and write what came of it as JSON."
+    start = time.perf_counter()
     if table == 'seeds' and every > 1: raise SystemExit('--every: seeds are of train_fastai.py, which takes all images')
     size = [f'{epochs}'] if table != 'finder' else []
     size += [f'every-{every}'] if every > 1 else []
@@ -151,19 +172,23 @@ def main(
         dls = None if table == 'seeds' else get_dls(path, bs, every=every)
 
         @functools.cache
-        def rates(seed):
-            return find_lrs(get_learner(dls, seed=seed, path=tmp)) if table == 'peak' else (LR_MIN, LR_MAX)
+        def rates(seed): return find_lrs(get_learner(dls, seed=seed, path=tmp))
+
+        def run(name, seed, folder):
+            if table == 'seeds': return experiment(data, bs, seed, epochs, folder)
+            if table == 'finder': return find(dls, seed, tmp)
+            return train(dls, ARMS[table][name], seed, epochs, folder, rates(seed), not no_checkpoint)
 
         for seed, name in itertools.product(map(int, seeds.split(',')), names):
             file = out/f'{name}-{seed}.json'
-            if file.exists(): continue
-            print(file, flush=True)
+            if file.exists() or time.perf_counter() - start > 60 * minutes: continue
             folder = file.with_suffix('')
-            if table == 'seeds': result = experiment(data, bs, seed, epochs, folder)
-            elif table == 'finder': result = find(dls, seed, tmp)
-            else:
-                with locked(folder, new=True):
-                    result = train(dls, ARMS[table][name], seed, epochs, folder, rates(seed))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
+            with contextlib.ExitStack() as lock:
+                if table != 'seeds':  # which locks the folder itself
+                    try: lock.enter_context(locked(folder, new=True))
+                    except InputError: continue  # another process is at it
+                if file.exists(): continue
+                print(file, flush=True)
+                result = run(name, seed, folder)
+                write_whole(file, json.dumps(result, indent=1).encode() + b'\n')
             if table != 'seeds': shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""All that is to be known from a GPU, in one go of a quarter of an hour: tests, the timed run, and repeated runs.
+
+    python benchmarks/gpu.py results --minutes 9 --workers 6
+
+In this order: the CUDA tests; `train_fastai.py` alone, timed; `speed.py`; then, in several processes that share the
+GPU, the default under several seeds, the ingredients on held-out images, the finder, the best ingredient with the test
+set, the ends of the cycle and the peak. Each result is in the folder as soon as it is there, so that a cut-off loses
+only what was running; `recipes.py` and `results.py` explain the files. What is there is not done again.
+"""
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
+
+from fastcore.script import call_parse
+
+ROOT = Path(__file__).parents[1]
+
+
+def alone(name: str, command: list, out: Path, seconds: float):
+    """Runs `command` by itself, with its output in `out/name.log`, for `seconds` at most."""
+    start = time.perf_counter()
+    with (out/f'{name}.log').open('w') as log:
+        try: rc = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                 timeout=max(seconds, 1)).returncode
+        except subprocess.TimeoutExpired: rc = 'time is up'
+    print(f'{name}: {rc}, {time.perf_counter() - start:.0f} s', flush=True)
+
+
+def best_arm(folder: Path) -> str | None:
+    """The arm with the best mean held-out accuracy of the averaged weights (decay 0.995) over the seeds all have."""
+    runs = {}
+    for file in folder.glob('*.json'):
+        arm, _, seed = file.stem.rpartition('-')
+        runs.setdefault(arm, {})[seed] = json.loads(file.read_text())['averages']['0.995']['accuracy']
+    if not runs: return None
+    most = max(map(len, runs.values()))
+    return max((a for a in runs if len(runs[a]) == most), key=lambda a: mean(runs[a].values()))
+
+
+def work(i: int, workers: int, out: Path, data: str | None, epochs: int, bs: int, seeds: list[int], deadline: float):
+    """One process's share of the repeated runs, until `deadline`, by `time.time()`."""
+    import recipes
+    with (out/f'worker-{i}.log').open('w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        start = time.time()
+        def repeat(table, share=1., size=bs, **options):
+            left = (start + share * (deadline - start) - time.time()) / 60
+            if left < 0: return
+            print(f'{table} {size} {options}, {left:.1f} minutes left', flush=True)
+            try: recipes.main(table, data=data, out=out/'recipes', epochs=epochs, bs=size, no_checkpoint=True,
+                              minutes=left, **options)
+            except SystemExit as e: print(e)
+        joined = partial(map, str)
+        if mine := seeds[i::workers]: repeat('seeds', seeds=','.join(joined(mine)))
+        repeat('ingredients', 0.62, seeds=','.join(joined(seeds)))
+        best = best_arm(out/f'recipes/ingredients/{epochs}{f"-bs-{bs}" if bs != 512 else ""}')
+        if best: repeat('test', 0.8, arms=best, seeds=','.join(joined(seeds)))
+        repeat('test', arms='plain', seeds=','.join(joined(seeds[:2])))
+        for every, size in ((1, bs), (1, 8), (1, 64), (50, 8), (50, 32), (50, 64), (50, bs)):
+            repeat('finder', size=size, every=every, seeds='0,1,2,3,4,5,6,7,8,9')
+        repeat('schedule', seeds=','.join(joined(seeds[:2])))
+        repeat('peak', seeds=','.join(joined(seeds[:1])))
+
+
+@call_parse
+def main(
+    out: str,  # folder for the results
+    data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
+    minutes: float = 9,  # begin nothing after so many minutes
+    workers: int = 6,  # processes that share the GPU
+    epochs: int = 24,  # of each run
+    bs: int = 512,  # batch size
+    seeds: str = '42,43,44,45,46',  # separated by commas
+    no_tests: bool = False,  # leave out the CUDA tests
+):
+    "Run everything that wants a GPU and leave its results in a folder."
+    start, out, seeds = time.time(), Path(out).absolute(), [int(s) for s in seeds.split(',')]
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = start + 60 * minutes
+    given = ['--data', data] if data else []
+    if not no_tests: alone('tests', ['-m', 'pytest', 'tests/test_cuda.py'], out, min(120, deadline - time.time()))
+    run = out/f'recipes/seeds/{epochs}{f"-bs-{bs}" if bs != 512 else ""}/experiment-{seeds[0]}'
+    if not (run/'model.pth').exists():
+        options = ['--out', run, '--epochs', epochs, '--bs', bs, '--seed', seeds[0]]
+        alone('train', ['train_fastai.py', *options, *given], out, deadline - time.time())
+    alone('speed', ['benchmarks/speed.py', '--rounds', 3, '--bs', bs, '--out', out/'speed.json', *given], out,
+          min(60, deadline - time.time()))
+    os.environ.setdefault('OMP_NUM_THREADS', '2')
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        done = [pool.submit(work, i, workers, out, data, epochs, bs, seeds, deadline) for i in range(workers)]
+        for o in done: o.result()
+    print(f'{(time.time() - start) / 60:.1f} minutes')
