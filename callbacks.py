@@ -1,13 +1,7 @@
-"""What watches or steers training: seeds, history, final predictions, precision, averages, checkpoints."""
-import contextlib
-import io
-import pickle
+"""What watches or steers training: seeds, history, precision, recorded GPU steps, averages, a NaN."""
 import warnings
-import zipfile
 
 from fastai.vision.all import *
-
-from errors import InputError
 
 
 def is_training_run(learn: Learner) -> bool:
@@ -103,45 +97,26 @@ class History(TrainingCallback):
         self.rows.append({c: named.get(c.replace('test', 'valid'), float('nan')) for c in self.columns})
 
 
-class FinalPredictions(TrainingCallback):
-    """Keeps what the network said of each test image in the latest validation: after training, the final model's.
-
-    `log_probs` (N, classes), `targets` (N,) and `losses` (N,) are on the CPU, in the order of `dls.valid_ds.items`.
-    """
-    _keep = False  # `learn.summary()` fires `after_batch` alone
-
-    def before_validate(self):
-        self._keep = self.dl is self.dls.valid
-        self._preds, self._targets = [], []
-
-    def after_batch(self):
-        if self.training or not self._keep: return
-        self._preds.append(self.pred.detach().as_subclass(Tensor))
-        self._targets.append(self.y.as_subclass(Tensor))
-
-    def after_validate(self):
-        if not self._keep or not self._preds: return
-        self.log_probs, self.targets = torch.cat(self._preds).float().cpu(), torch.cat(self._targets).cpu()
-        self.losses = F.nll_loss(self.log_probs, self.targets, reduction='none')
-
-    def misclassified(self) -> list[dict]:
-        """Every wrong test image as `file, actual, predicted, probability, loss`, the largest loss first."""
-        vocab, files, folder = self.dls.vocab, self.dls.valid_ds.items, self.dls.path
-        log_prob, predicted = self.log_probs.max(dim=1)
-        wrong = (predicted != self.targets).nonzero()[:, 0]
-        return [dict(file=files[i].relative_to(folder).as_posix(), actual=vocab[self.targets[i]],
-                     predicted=vocab[predicted[i]], probability=log_prob[i].exp().item(), loss=self.losses[i].item())
-                for i in wrong[self.losses[wrong].argsort(descending=True, stable=True)].tolist()]
-
-
 class Precision(MixedPrecision):
     """fastai's mixed precision on any device: 'bf16', or 'fp16' with a gradient scaler, which needs a CUDA GPU."""
+    entered = False
 
     def before_fit(self):
         bf16 = self.amp_mode == AMPMode.BF16
         device = self.dls.device.type  # fastai hard-codes 'cuda', so that to_bf16() on a CPU would train in float32
         self.autocast = torch.autocast(device, dtype=torch.bfloat16 if bf16 else torch.float16)
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, enabled=not bf16), L()
+
+    def before_batch(self):
+        super().before_batch()
+        self.entered = True
+
+    def after_loss(self): self.leave()
+
+    def leave(self):
+        """Leaves autocast. An error skips `after_loss`, and autocast would keep its copies of weights."""
+        if self.entered: self.autocast.__exit__(None, None, None)
+        self.entered = False
 
 
 class CUDAGraph(TrainingCallback):
@@ -162,28 +137,9 @@ class CUDAGraph(TrainingCallback):
             torch.cuda.make_graphed_callables(self.model, (images,))  # in evaluation the model is as it was
         for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
 
-    def after_fit(self): vars(self.model).pop('forward', None)
+    def after_fit(self): self.leave()
 
-
-def best_precision(device: torch.device) -> str:
-    """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
-    if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
-    if device.type == 'cpu':
-        has = torch.cpu.get_capabilities()
-        return 'bf16' if has.get('amx_bf16') or has.get('avx512_bf16') else 'fp32'
-    return 'fp32'
-
-
-class CrossEntropy(CrossEntropyLossFlat):
-    """Cross-entropy with smoothed labels (arXiv:1512.00567) in training, and plain without gradients: in every test."""
-
-    def __init__(self, label_smoothing: float = 0.):
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def __call__(self, inp: Tensor, targ: Tensor, **kwargs) -> Tensor:
-        self.func.label_smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.
-        return super().__call__(inp, targ, **kwargs)
+    def leave(self): vars(self.model).pop('forward', None)
 
 
 class StopOnNaN(TrainingCallback):
@@ -296,113 +252,3 @@ class PlainLog(TrainingCallback):
         print('  '.join((f'{o:.6f}' if isinstance(o, float) else str(o)).ljust(14) for o in row).rstrip(), flush=True)
 
 
-def write_whole(file: Path, content: bytes):
-    """Puts `content` in place of `file` at once: whatever happens meanwhile, the old or the new one is there, whole.
-
-    Raises `OSError` with the name of the file.
-    """
-    part = file.with_name(file.name + '.part')
-    try:
-        with part.open('wb') as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(file)
-    except BaseException as e:
-        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
-        if not isinstance(e, OSError): raise
-        raise OSError(e.errno, e.strerror, str(file)) from e  # a full disk does not say where
-
-
-def save_csv(file: Path, rows: list[dict], columns: list[str] | None = None):
-    """The `rows` as CSV, by way of `write_whole`."""
-    write_whole(file, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
-
-
-def save_state(file: Path, state: dict):
-    """`torch.save` by way of `write_whole`."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with buffer.getbuffer() as content: write_whole(file, content)
-
-
-def load_state(file: Path) -> dict:
-    """What `torch.save` put into `file`: tensors and plain values only, no code of the file is run.
-
-    Raises `InputError` for a file that is missing, damaged or holds anything else.
-    """
-    try:
-        with zipfile.ZipFile(file) as z:  # torch writes checksums but does not verify them
-            if broken := z.testzip(): raise InputError(f'{file} is damaged (at {broken})')
-        return torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError as e: raise InputError(f'{file} does not exist') from e
-    except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
-    except pickle.UnpicklingError as e:
-        raise InputError(f'{file} holds more than weights and plain values; it was not opened') from e
-    except InputError: raise
-    except Exception as e: raise InputError(f'{file} is damaged ({" ".join(str(e).split())[:100]})') from e
-
-
-class ResumableLearner(Learner):
-    """A `Learner` whose `fit` begins at `first_epoch`; fastai's own argument fires events for the skipped epochs."""
-    first_epoch = 0
-
-    def _do_fit(self):
-        for epoch in range(self.first_epoch, self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
-    def to_fp16(self, **kwargs) -> Learner:
-        """As fastai's, but in place of a precision that is there already: two of them would scale the loss twice."""
-        return self.remove_cb(MixedPrecision).add_cb(Precision('fp16', **kwargs))
-
-    def to_bf16(self) -> Learner:
-        """As fastai's, but on any device, and in place of a precision that is there already."""
-        return self.remove_cb(MixedPrecision).add_cb(Precision('bf16'))
-
-
-class Checkpoint(Callback):
-    """Saves the run before its first and after every epoch to the learner's folder, or goes on from `state`.
-
-    Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. `header` is stored as is; `start`
-    is when the program began its work, by `time.perf_counter()`.
-    """
-    order = History.order + 1
-    file = 'checkpoint.pth'
-
-    def __init__(self, header: dict, start: float, state: dict | None = None):
-        self.header, self.state = header, state
-        self.start = start - (state['seconds_total'] if state else 0)
-
-    def seconds_total(self) -> float: return time.perf_counter() - self.start
-
-    def before_fit(self):
-        if self.state is None: self.save(epochs_done=0)
-        else: self.restore(self.state)
-
-    def after_epoch(self): self.save(self.epoch + 1)
-
-    def save(self, epochs_done: int):
-        h, smooth = self.history, self.recorder.smooth_loss
-        save_csv(self.path/'history.csv', h.rows, list(History.columns))
-        save_csv(self.path/'schedule.csv', h.schedule, ['batch', 'lr', 'momentum'])
-        save_state(self.path/self.file, dict(
-            self.header, epochs_done=epochs_done, model=self.model.state_dict(),
-            opt=self.opt.state_dict()['state'],  # its LR and momentum are the schedule's to set
-            scaler=self.scaler.state_dict() if hasattr(self.learn, 'precision') else {},
-            average=self.weight_average.average.state_dict() if hasattr(self.learn, 'weight_average') else {},
-            smooth_loss=[float(smooth.val), smooth.count], rows=h.rows, schedule=h.schedule,
-            seconds_training=h.seconds_training, seconds_total=self.seconds_total()))
-
-    def restore(self, s: dict):
-        self.learn.first_epoch = s['epochs_done']
-        self.model.load_state_dict(s['model'])
-        self.opt.load_state_dict(dict(self.opt.state_dict(), state=s['opt']))
-        if s['scaler']: self.scaler.load_state_dict(s['scaler'])
-        if s['average']:
-            self.weight_average.average.load_state_dict(s['average'])
-            self.weight_average.swapped = s['epochs_done'] > 0  # as it was when it was saved
-        smooth = self.recorder.smooth_loss
-        smooth.val, smooth.count = tensor(s['smooth_loss'][0]), s['smooth_loss'][1]
-        h = self.history
-        h.rows, h.schedule, h.seconds_training = s['rows'], s['schedule'], s['seconds_training']

@@ -1,6 +1,6 @@
 """How the programs end when something goes wrong: with one line on stderr and an exit code that tells what it was.
 
-Imported first, it also keeps silent what fastai's own import warns of.
+It is imported first and also silences the warnings of fastai's own import.
 """
 import contextlib
 import os
@@ -11,10 +11,11 @@ import warnings
 from fastcore.script import is_cli
 
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)
+warnings.filterwarnings('ignore', module=r'PIL\.')  # of images that can be read all the same
 
 
 class InputError(ValueError):
-    """What was given cannot be used; the message is one line that names the culprit and the way out."""
+    """What was given cannot be used; the message is one line: what is wrong and how to fix it."""
 
 
 class RunError(RuntimeError):
@@ -27,11 +28,26 @@ def one_line(e: Exception) -> str:
 
 
 def end_quietly_while_importing(program: str):
-    """Ctrl-C and SIGTERM end `program` with one line until `one_line_errors` takes over; imports take seconds."""
+    """Ctrl-C and SIGTERM end `program` with one line until `one_line_errors` takes over; imports take seconds.
+
+    From here on a character that the terminal's encoding lacks is replaced.
+    """
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')
+
     def end(number, _):
         os.write(2, f'{program}: interrupted\n'.encode())
         os._exit(128 + number)
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, end)
+
+
+def device_trouble(e: Exception) -> str | None:
+    """What went wrong on the processor or GPU, and what helps, if that is what `e` tells of."""
+    said = one_line(e)
+    if type(e).__name__ == 'OutOfMemoryError' or "can't allocate memory" in said or 'not enough memory' in said:
+        return f'out of memory; try a smaller --bs ({said[:120]})'
+    if type(e).__name__ == 'AcceleratorError' or any(o in said for o in ('CUDA', 'cuDNN', 'CUBLAS')):
+        return f'the device failed: {said[:200]}'
+    return None
 
 
 def terminate(*_):
@@ -41,9 +57,9 @@ def terminate(*_):
 
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """Ends `program` with one line: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
+    """Ends `program` with one line on stderr: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
 
-    Where nobody reads what it prints, as behind `| head`, it ends in silence, with 141 as other programs do.
+    Where nobody reads its output any more, as behind `| head`, it ends in silence with 141, as other programs do.
     """
     try:
         if is_cli():
@@ -55,6 +71,9 @@ def one_line_errors(program: str):
     except InputError as e: message, code = f'error: {e}', 2
     except (RunError, OSError) as e: message, code = f'error: {e}', 1
     except KeyboardInterrupt as e: message, code = '; '.join(['interrupted', *map(str, e.args[1:])]), (*e.args, 130)[0]
+    except RuntimeError as e:
+        if not (message := device_trouble(e)): raise
+        message, code = f'error: {message}', 1
     else: return
     print(f'{program}: {message}', file=sys.stderr)
     sys.exit(code)

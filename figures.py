@@ -1,12 +1,33 @@
-"""The figures of a run, one function a picture: recorded numbers, or fastai's own views, to a matplotlib figure."""
+"""The figures of a run, one function per picture: recorded numbers, or fastai's own views, to a matplotlib figure."""
+import textwrap
+
 from fastai.vision.all import *
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from data import RGBImage
-
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # the same colour for the same thing in all figures
-names_as_they_are = plt.rc_context({'text.parse_math': False})  # a class may be called $x$
+# Class names are shown letter by letter (one may be called $x$), in the first of these fonts that has the letters.
+FONTS = ('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK JP', 'Microsoft YaHei', 'PingFang SC', 'Segoe UI', 'Arial Unicode MS',
+         'WenQuanYi Zen Hei', 'IPAGothic', 'FreeSans', 'Unifont')
+
+
+def with_names(draw: Callable) -> Callable:
+    """Decorates a function that draws class names."""
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        known = {*font_manager.get_font_names()}
+        with plt.rc_context({'text.parse_math': False, 'font.family': [o for o in FONTS if o in known]}):
+            fig = draw(*args, **kwargs)
+            fig.draw_without_rendering()  # while the fonts are those
+        return fig
+    return drawn
+
+
+def short(name: str, width: int = 18, lines: int = 2) -> str:
+    """`name` in at most `lines` lines of `width` letters."""
+    parts = textwrap.wrap(name, width) or ['']
+    return '\n'.join(parts[:lines - 1] + [textwrap.shorten(' '.join(parts[lines - 1:]), width, placeholder='…')])
 
 
 def lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max: float) -> Figure:
@@ -65,47 +86,59 @@ def history(rows: list[dict], target: float = 0.9) -> Figure:
     return fig
 
 
-@names_as_they_are
-def misclassified(folder: Path, rows: list[dict], n: int = 10) -> Figure:
-    """The first `n` images of `rows`, as in misclassified.csv: those that the network got most wrong."""
+@with_names
+def misclassified(images: Tensor, rows: list[dict]) -> Figure:
+    """The first of `rows`, as in misclassified.csv: those that the network got most wrong.
+
+    `images` (n, 3, H, W) uint8 are theirs.
+    """
     cols = 5
-    lines = -(-min(n, max(len(rows), 1)) // cols)
-    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.4 + 2.5 * lines), layout='constrained')
+    lines = max(-(-len(images) // cols), 1)
+    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.4 + 2.7 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
-    for ax, row in zip(axs.flat, rows[:n], strict=False):
-        ax.imshow(RGBImage.create(folder/row['file']), interpolation='nearest')
-        ax.set_title(f'{row["actual"]} → {row["predicted"]}\n({row["probability"]:.0%})', fontsize=11)
-    fig.suptitle(f'Misclassified test images, worst of {len(rows):,}: actual → predicted (probability)')
+    for ax, image, row in zip(axs.flat, images.cpu(), rows, strict=False):
+        ax.imshow(image.permute(1, 2, 0), interpolation='nearest')
+        ax.set_title(f'{short(row["actual"])} →\n{short(row["predicted"])} ({row["probability"]:.0%})', fontsize=10)
+    fig.suptitle(f'Misclassified test images, the worst of {len(rows):,}: actual → predicted (probability)')
     return fig
 
 
-@names_as_they_are
-def top_losses(interp: Interpretation, n: int = 9) -> Figure:
+@with_names
+def top_losses(learn: Learner, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest losses."""
+    with learn.no_bar(), learn.no_logging(): interp = ClassificationInterpretation.from_learner(learn)
     interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
+    for ax in plt.gcf().axes:
+        parts = [short(part, 24, 1) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability
+        ax.set_title('/'.join(parts[:2]) + '\n' + '/'.join(parts[2:]), fontsize=10)
     return plt.gcf()
 
 
-@names_as_they_are
+@with_names
 def confusion_matrix(counts: Tensor, vocab: list[str]) -> Figure:
     """How often each class (row) was taken for each other (column); `counts` (classes, classes) int64."""
-    fig, ax = plt.subplots(figsize=(8, 7.5), layout='constrained')
+    n = len(vocab)
+    every = -(-n // 50)  # more names than 50 would cover each other
+    fig, ax = plt.subplots(figsize=(8, 7.5) if n <= 30 else (12, 11.5), layout='constrained')
     off_diagonal = counts - torch.diag(counts.diag())
     ax.imshow(off_diagonal, cmap='Reds')  # the diagonal would drown the errors, which one comes to see
-    for i, j in itertools.product(range(len(vocab)), repeat=2) if len(vocab) <= 30 else ():  # legible, and soon drawn
+    for i, j in itertools.product(range(n), repeat=2) if n <= 30 else ():  # legible, and soon drawn
         dark = off_diagonal[i, j] > off_diagonal.max() / 2
         ax.text(j, i, f'{counts[i, j]}', ha='center', va='center', weight='bold' if i == j else 'normal',
                 color='white' if dark else 'black')
-    ax.set_xticks(range(len(vocab)), vocab, rotation=45, ha='right')
-    ax.set_yticks(range(len(vocab)), vocab)
+    ticks, names = range(0, n, every), [short(c, 20, 1) for c in vocab[::every]]
+    size = 10 if n <= 30 else 8
+    ax.set_xticks(ticks, names, rotation=45 if n <= 30 else 90, ha='right' if n <= 30 else 'center', fontsize=size)
+    ax.set_yticks(ticks, names, fontsize=size)
     ax.set(xlabel='predicted', ylabel='actual', title='Confusion matrix of the test set (images; errors in red)')
     return fig
 
 
-@names_as_they_are
+@with_names
 def augmented(dls: DataLoaders, n: int = 24) -> Figure:
     """A training batch as the network sees it: cropped, flipped, with its hole."""
     dls.train.show_batch(max_n=n, nrows=3, figsize=(12, 5.2), interpolation='nearest')
     fig = plt.gcf()
+    for ax in fig.axes: ax.set_title(short(ax.get_title(), 14, 1), fontsize=10)
     fig.suptitle('Training images as the network sees them: pad 4 + crop, flip, cutout 8×8')
     return fig

@@ -2,8 +2,8 @@
 """What a finished run is good for: predictions, and an evaluation of images whose classes are known.
 
     python predict.py runs/X cat.png dog.jpg     # class and probability of each, and the next two candidates
-    python predict.py runs/X pictures            # the same of every image in a folder
-    python predict.py runs/X data/test           # a sub-folder a class: accuracy, and what is confused with what
+    python predict.py runs/X pictures            # the same for every image in a folder
+    python predict.py runs/X data/test           # a sub-folder per class: accuracy, precision, recall, confusions
 
 From Python, `learn = load_run('runs/X')` is a fastai `Learner` with the run's weights.
 """
@@ -11,54 +11,15 @@ import errors
 
 if __name__ == '__main__': errors.end_quietly_while_importing('predict.py')
 
-import json
 import unicodedata
 from pathlib import Path
 
 from fastai.vision.all import *
 
-from callbacks import load_state
-from data import FitSize, RGBImage, check_access, check_names, fingerprint, get_empty_dls
-from errors import InputError, one_line, one_line_errors
-from report import class_accuracies, confusion_matrix, most_confused, percent
-from train_fastai import get_learner, load_data
-
-
-def load_run(run: str | Path, with_data: bool = True) -> Learner:
-    """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
-
-    Its `dls` are those that the run was trained on, if they are where they were and `with_data`; else they are empty,
-    which is enough to predict. Raises `InputError`.
-    """
-    run = Path(run)
-    if not os.path.exists(run/'model.pth'):
-        raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
-    try:
-        m = json.loads((run/'metrics.json').read_text())
-        classes, digest, precision = list(m['classes']), m['fingerprint'], m['precision']
-        options = {k: m['options'][k] for k in ('data', 'bs', 'taste')}
-        if not classes or any(Path(c).name != c for c in classes): raise ValueError('classes without names')
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
-    weights = load_state(run/'model.pth')
-    data = options['data'] or fastai_path('data')/'cifar10'
-    if with_data and os.path.isdir(data):
-        dls = load_data(options)
-        if fingerprint(dls) != digest:
-            raise InputError(f'{data} holds other images than {run} was trained on; load_run(…, with_data=False) does '
-                             'without them')
-    else: dls = get_empty_dls(classes)
-    learn = get_learner(dls, 'fp32' if precision == 'fp32' else 'auto', path=run)
-    try: learn.model.load_state_dict(weights)
-    except RuntimeError as e: raise InputError(f'{run/"model.pth"} does not hold the weights of this network') from e
-    return learn
-
-
-def read_image(file: Path) -> Tensor:
-    """An image file of any size and mode as the network wants it: (3, 32, 32) uint8. Raises `InputError`."""
-    try: return image2tensor(FitSize()(RGBImage.create(file)))
-    except Exception as e:  # Pillow's many kinds
-        raise InputError(f'{file} cannot be read as an image ({one_line(e)})') from e
+from data import FitSize, RGBImage, check_access, check_names
+from errors import InputError, one_line_errors
+from report import percent
+from run import load_run
 
 
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
@@ -66,7 +27,47 @@ def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     dl = learn.dls.test_dl(list(images))  # just their number: the loader finds the pixels on the data set
     dl.dataset.images = images.to(learn.dls.device)
     dl.dataset.labels = torch.zeros(len(images), dtype=torch.long, device=learn.dls.device)
-    with learn.no_bar(): return learn.get_preds(dl=dl, act=noop)[0].as_subclass(Tensor)
+    with learn.no_bar(), learn.no_logging(): return learn.get_preds(dl=dl, act=noop)[0].as_subclass(Tensor)
+
+
+def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
+
+    `log_probs` (N, classes) float, `targets` (N,) int64.
+    """
+    n = log_probs.shape[1]
+    return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
+
+
+def class_scores(counts: Tensor, vocab: list[str]) -> list[tuple[str, int, float, float]]:
+    """Name, images, recall and precision of each class, from a confusion matrix; a share of nothing is NaN."""
+    return [(c, n.item(), (right / n).item(), (right / named).item())
+            for c, right, n, named in zip(vocab, counts.diag(), counts.sum(1), counts.sum(0), strict=True)]
+
+
+def most_confused(counts: Tensor, vocab: list[str], n: int = 10) -> list[tuple[str, str, int]]:
+    """The at most `n` commonest errors as (actual, predicted, images), from a confusion matrix."""
+    errors = counts - counts.diag().diag()
+    order = errors.flatten().argsort(descending=True, stable=True)[:n].tolist()
+    pairs = [(divmod(i, len(vocab)), errors.flatten()[i].item()) for i in order]
+    return [(vocab[a], vocab[p], k) for (a, p), k in pairs if k]
+
+
+def misclassified(log_probs: Tensor, dls: DataLoaders) -> tuple[list[dict], Tensor]:
+    """Every wrong test image as `file, actual, predicted, probability, loss`, the largest loss first.
+
+    `log_probs` (N, classes) float, in the order of `dls.valid_ds.items`. Also returns the images' places there, (n,)
+    int64.
+    """
+    vocab, files, targets = dls.vocab, dls.valid_ds.items, dls.valid_ds.labels.cpu()
+    losses = F.nll_loss(log_probs, targets, reduction='none')
+    log_prob, predicted = log_probs.max(dim=1)
+    wrong = (predicted != targets).nonzero()[:, 0]
+    wrong = wrong[losses[wrong].argsort(descending=True, stable=True)]
+    rows = [dict(file=files[i].relative_to(dls.path).as_posix(), actual=vocab[targets[i]],
+                 predicted=vocab[predicted[i]], probability=log_prob[i].exp().item(), loss=losses[i].item())
+            for i in wrong.tolist()]
+    return rows, wrong
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
@@ -99,7 +100,7 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
 
 
 def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """A row a file: the class with the largest probability and the next two, each with its probability.
+    """A row per file: the class with the largest probability and the next two, each with its probability.
 
     `log_probs` (N, classes) float32.
     """
@@ -112,7 +113,7 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
 
 
 def aligned(table: pd.DataFrame) -> str:
-    """The rows of `table`, a line each, in columns."""
+    """The rows of `table`, a line each, in aligned columns."""
     def shown(o): return f'{o:.1%}' if isinstance(o, float) else o
     def width(text): return sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
     columns = [[name, *map(shown, table[name])] for name in table]
@@ -122,20 +123,20 @@ def aligned(table: pd.DataFrame) -> str:
 
 
 def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """Accuracy of all and of each class, and what is confused.
+    """Accuracy of all, recall and precision of each class, and what is confused.
 
     `log_probs` and the mirror images' `flipped` (N, classes) float32, `targets` (N,) int64.
     """
     def accuracy(p): return (p.argmax(1) == targets).float().mean()
     counts = confusion_matrix(log_probs, targets)
-    classes = [(c, f'{n:,}', percent(found), percent(right))
-               for c, (n, found, right) in class_accuracies(counts, vocab).items()]
+    classes = [(c, f'{n:,}', percent(recall), percent(precision))
+               for c, n, recall, precision in class_scores(counts, vocab)]
     confused = [(f'{actual} → {predicted}', f'{n:,}') for actual, predicted, n in most_confused(counts, vocab)]
     return f'''{len(targets):,} images of {len(targets.unique())} classes
 accuracy                     {accuracy(log_probs):.2%}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean log-probability of image and mirror)
 
-{aligned(pd.DataFrame(classes, columns=['class', 'images', 'found (accuracy)', 'right when named']))}
+{aligned(pd.DataFrame(classes, columns=['class', 'images', 'recall', 'precision']))}
 
 {aligned(pd.DataFrame(confused, columns=['most confused: actual → predicted', 'images']))}'''
 
@@ -144,14 +145,14 @@ accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean l
 @one_line_errors('predict.py')
 def main(
     run: str,  # folder of a finished run
-    *images: str,  # image files or folders; a folder with a sub-folder a class is evaluated
-    csv: bool = False,  # print comma-separated values, a row an image
+    *images: str,  # image files or folders; a folder with a sub-folder per class is evaluated
+    csv: bool = False,  # print comma-separated values, a row per image
 ):
     "Name what images show. Any size and mode will do: the centre square is resized to 32×32 and made RGB."
     learn = load_run(run, with_data=False)
     vocab = list(learn.dls.vocab)
     files, targets = find_images(images, vocab)
-    pixels = torch.stack([read_image(f) for f in files])
+    pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])
     log_probs = get_log_probs(learn, pixels)
     table = predictions(files, log_probs, vocab)
     if csv:

@@ -2,15 +2,13 @@
 import math
 import re
 
-from torch import Tensor
-
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
 
 FINDER = """
 ![Smoothed training loss against the learning rate](lr_find.png)
 
-*The finder raises the rate from batch to batch and watches the loss. LRMIN is its `valley`, a rate in the middle of the
-longest descent. LRMAX is its `minimum`, a tenth of the rate with the least loss, well before the loss explodes.*
+*The finder raises the rate from batch to batch and records the loss. LRMIN is its `valley` suggestion, a rate in the
+middle of the longest descent. LRMAX is 0.4 times the middle of the rates with about the least loss.*
 """
 TASTE = """
 > **A taste**: one image in ten, few epochs, small batches. It shows what a run leaves; its numbers say nothing of the
@@ -18,39 +16,13 @@ TASTE = """
 """
 
 
-def class_accuracies(counts: Tensor, vocab: list[str]) -> dict[str, tuple[int, float, float]]:
-    """For each class its images, the share of them found (accuracy, or recall) and of its predictions that are right.
-
-    `counts` is a confusion matrix, (classes, classes) int64. A share of nothing is NaN.
-    """
-    return {c: (n.item(), (right / n).item(), (right / named).item())
-            for c, right, n, named in zip(vocab, counts.diag(), counts.sum(1), counts.sum(0), strict=True)}
-
-
-def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
-
-    `log_probs` (N, classes) float, `targets` (N,) int64.
-    """
-    n = log_probs.shape[1]
-    return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
-
-
 def percent(share: float) -> str:
     """`share` as 92.7%, and a dash for NaN."""
     return '–' if math.isnan(share) else f'{share:.1%}'
 
 
-def most_confused(counts: Tensor, vocab: list[str], n: int = 10) -> list[tuple[str, str, int]]:
-    """The at most `n` commonest errors as (actual, predicted, images), from a confusion matrix."""
-    errors = counts - counts.diag().diag()
-    order = errors.flatten().argsort(descending=True, stable=True)[:n].tolist()
-    pairs = [(divmod(i, len(vocab)), errors.flatten()[i].item()) for i in order]
-    return [(vocab[a], vocab[p], k) for (a, p), k in pairs if k]
-
-
 def escaped(text: str) -> str:
-    """`text` as Markdown that shows it as it is."""
+    """`text` with the characters that mean something in Markdown escaped."""
     return re.sub(r'([\\|*_`<>\[\]$])', r'\\\1', text)
 
 
@@ -65,55 +37,59 @@ def table(head: str, rows: list[tuple]) -> str:
     return '\n'.join([head, *(f'| {" | ".join(map(str, row))} |' for row in rows)])
 
 
-def run_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: list[dict],
-               counts: Tensor) -> str:
+def run_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: int, classes: list[dict],
+               confused: list[tuple[str, str, int]]) -> str:
     """A run on one page of Markdown, its figures included.
 
-    `m` are its metrics and `command` started it; `history`, `schedule` and `wrong` are the rows of history.csv,
-    schedule.csv and misclassified.csv, `counts` is the confusion matrix.
+    `m` are its metrics and `command` started it; `history`, `schedule` and `classes` are the rows of history.csv,
+    schedule.csv and classes.csv, `wrong` is the number of misclassified images and `confused` the commonest errors as
+    (actual, predicted, images).
     """
-    o, vocab, one, last = m['options'], m['classes'], history[0], history[-1]
+    o, one, last = m['options'], history[0], history[-1]
     peak, per_epoch = max(schedule, key=lambda row: row['lr']), len(schedule) // m['epochs']
     start, top, end = rate(schedule[0]['lr']), rate(peak['lr']), rate(schedule[-1]['lr'])
-    finder, over = not o['lr_min'], m['first_epoch_over_90']
-    average = ', from the average of the weights' if o['ema'] else ''
+    finder, over, smoothing = not o['lr_min'], m['first_epoch_over_90'], o['label_smoothing']
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
-    confused = ', '.join(f'{escaped(a)} → {escaped(p)} ({k})' for a, p, k in most_confused(counts, vocab, 3))
+    errors = ', '.join(f'{escaped(a)} → {escaped(p)} ({k})' for a, p, k in confused) or 'none'
+    by_recall = sorted(classes, key=lambda row: row['recall'])
+    shown = classes if len(classes) <= 20 else [*by_recall[:10], *by_recall[-5:]]
+    some = '' if shown is classes else f'\n\nThe 10 worst and the 5 best of {len(classes)} classes, by recall.'
 
     numbers = table('| | this run | reference solution, CIFAR-10 |\n|---|--:|--:|', [
         ('parameters', f'{m["parameters"]:,}', f'{REFERENCE["parameters"]:,}'),
         ('training accuracy, last epoch', f'{m["train_accuracy"]:.2%}', f'{REFERENCE["train_accuracy"]:.2%}'),
         ('test accuracy, last epoch', f'{m["test_accuracy"]:.2%}', f'{REFERENCE["test_accuracy"]:.2%}'),
         ('first epoch over 90% test accuracy', over or 'none', REFERENCE['first_epoch_over_90'])])
-    assignment = table('| | asked | done |\n|---|---|---|', [
+    assignment = table('| | required | done |\n|---|---|---|', [
         ('network', "the assignment's ResNet, 6,573,130 parameters", f'{m["parameters"]:,} parameters'),
-        ('last stage', 'SoftMax', 'its logarithm: `exp` of the output are the probabilities'),
-        ('loss', 'cross-entropy', 'cross-entropy'),
-        ('optimizer', 'Adam', 'Adam, decoupled weight decay 0.01 (none on batch norm and biases)'),
-        ('weights tested and kept', 'not said',
-         f'their exponential moving average, decay {o["ema"]:g} a step' if o['ema'] else 'those of the last step'),
+        ('last stage', 'SoftMax', 'its logarithm: `exp` of the output gives the probabilities'),
+        ('loss', 'cross-entropy', f'cross-entropy, in training with label smoothing {smoothing:g}'),
+        ('optimizer', 'Adam', f'Adam, decoupled weight decay {o["wd"]:g} (none on batch norm and biases)'),
+        ('weights tested and kept', 'not stated',
+         f'their exponential moving average, decay {o["ema"]:g} per step' if o['ema'] else 'those of the last step'),
         ('epochs', 24, m['epochs']),
         ('batch size', 512, m['batch_size']),
         ('LRMIN, LRMAX', 'by the LR finder',
-         f'{rate(m["lr_min"])}, {rate(m["lr_max"])}, {"by `learn.lr_find`" if finder else "by hand"}'),
+         f'{rate(m["lr_min"])}, {rate(m["lr_max"])}, {"by `learn.lr_find`" if finder else "given"}'),
         ('one cycle', 'LRMIN → LRMAX at epoch 5 of 24 → LRMIN',
          f'{start} → {top} at epoch {(peak["batch"] - 1) / per_epoch:.3g} of {m["epochs"]} → {end}'),
-        ('augmentation', 'pad 4, random crop 32×32, flip left-right, cutout 8×8', 'the same, training images only'),
+        ('augmentation', 'pad 4, random crop 32×32, flip left-right, cutout 8×8',
+         'the same, padded by reflection, training images only'),
         ('training images', '50,000', f'{m["train_images"]:,}'),
         ('test images', '10,000', f'{m["test_images"]:,}'),
         ('test accuracy', '90%', f'{m["test_accuracy"]:.2%}')])
-    classes = table('| class | images | found (accuracy) | right when named |\n|---|--:|--:|--:|', [
-        (escaped(c), f'{n:,}', percent(found), percent(right))
-        for c, (n, found, right) in class_accuracies(counts, vocab).items()])
+    scores = table('| class | images | recall | precision |\n|---|--:|--:|--:|', [
+        (escaped(row['class']), f'{row["images"]:,}', percent(row['recall']), percent(row['precision']))
+        for row in shown])
 
     return f'''# A ResNet that finds its own learning rates
 {TASTE if o['taste'] else ''}
-After epoch {m['epochs']} the network names {m['test_accuracy']:.2%} of {m['test_images']:,} test images correctly.
-90% were asked, {f'and passed for the first time after epoch {over}' if over else 'and not reached'}.
+After epoch {m['epochs']} the network classifies {m['test_accuracy']:.2%} of {m['test_images']:,} test images correctly.
+The target of 90% was {f'first passed at epoch {over}' if over else 'not reached'}.
 
 {numbers}
 
-## What was asked, what was done
+## What was required, what was done
 
 {assignment}
 
@@ -123,48 +99,51 @@ After epoch {m['epochs']} the network names {m['test_accuracy']:.2%} of {m['test
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
 and falls to {end}{', where it started: no annihilation' if o['final_div'] == 1 else ''}.
-Momentum goes the other way.*
+Momentum moves in the opposite direction.*
 
 ## Training
 
 ![Loss and accuracy of both sets, epoch by epoch](history.png)
 
-*From the first to the last epoch the training loss goes from {one['train_loss']:.3f} to {last['train_loss']:.3f},
-the test loss from {one['test_loss']:.3f} to {last['test_loss']:.3f}. At the end the training accuracy lies
-{abs(gap):.1f} points {'above' if gap > 0 else 'below'} the test accuracy. Training figures are means over an epoch's
-batches as trained on, augmented and with the weights of that moment; test figures come after the epoch{average}.
+*From the first to the last epoch the training loss{' (labels smoothed)' if smoothing else ''} falls from
+{one['train_loss']:.3f} to {last['train_loss']:.3f}, the test loss from {one['test_loss']:.3f} to
+{last['test_loss']:.3f}. At the end the training accuracy is {abs(gap):.1f} points {'above' if gap > 0 else 'below'} the
+test accuracy. Training figures are means over an epoch's batches as trained on: augmented, and with the weights of that
+moment. Test figures are computed after the epoch{', with the averaged weights' if o['ema'] else ''}.
 The numbers are in [history.csv](history.csv).*
 
-## What it knows
+## By class
 
-{classes}
+{scores}{some}
 
 ![Confusion matrix of the test set](confusion_matrix.png)
 
-*Rows are actual classes, columns what the network said. Its commonest errors: {confused or 'none'}.*
+*Rows are actual classes, columns predictions. The commonest errors: {errors}. All classes are in
+[classes.csv](classes.csv).*
 
-## What it gets wrong
+## Errors
 
-{len(wrong):,} of {m['test_images']:,} test images. All are in [misclassified.csv](misclassified.csv), worst first.
+{wrong:,} of {m['test_images']:,} test images are misclassified. All are in [misclassified.csv](misclassified.csv),
+those with the largest loss first.
 
 ![Ten misclassified test images](misclassified.png)
 
-*Those with the largest loss: the less probable the network holds the actual class, the larger it is.*
+*The ten with the largest loss: those whose actual class the network found least probable.*
 
 ![The largest losses, as fastai shows them](top_losses.png)
 
 *fastai's view of the largest losses: prediction, actual class, loss, and the probability of the prediction.*
 
-## What it saw
+## What the network sees
 
 ![Training images after augmentation](augmented.png)
 
-*A training batch: each image moved by up to four pixels, half of them mirrored, a square of 8×8 pixels covered.*
+*A training batch: each image shifted by up to four pixels, half of them mirrored, a square of 8×8 pixels covered.*
 
-## To do it again
+## To repeat it
 
     {command}
 
 on {m['device']}, in {m['precision']}, with {', '.join(f'{k} {v}' for k, v in m['versions'].items())}. Training took
-{m['seconds_training']:,.0f} s, everything together {m['seconds_total']:,.0f} s.
+{m['seconds_training']:,.0f} s, the whole run {m['seconds_total']:,.0f} s.
 '''

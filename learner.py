@@ -1,0 +1,207 @@
+"""How the `Learner` is put together: optimizer, loss, precision, averages, and the search for its learning rates."""
+import contextlib
+import ctypes
+import platform
+import sys
+import tempfile
+
+from fastai.callback.schedule import valley
+from fastai.vision.all import *
+
+from arch import ResNet
+from callbacks import (
+    CUDAGraph,
+    History,
+    Mean,
+    MeanLoss,
+    PlainLog,
+    Precision,
+    SeedEpochs,
+    SmoothLoss,
+    StopOnNaN,
+    WeightAverage,
+)
+from data import SHOW_PROGRESS
+from errors import InputError, RunError, one_line
+
+PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
+
+
+class CrossEntropy(CrossEntropyLossFlat):
+    """Cross-entropy with smoothed labels (arXiv:1512.00567) in training, and plain without gradients: in every test."""
+
+    def __init__(self, label_smoothing: float = 0.):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, inp: Tensor, targ: Tensor, **kwargs) -> Tensor:
+        self.func.label_smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.
+        return super().__call__(inp, targ, **kwargs)
+
+
+class SideBySideConv2d(nn.Conv2d):
+    """A 3×3 convolution that lays the images of a batch side by side: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`.
+
+    oneDNN's AMX convolutions fill their tiles along the width of a map, and small maps leave most of a tile empty. A
+    column of zeros keeps neighbours apart, as padding does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        wide = F.pad(x.permute(2, 0, 3, 1), (0, 0, 0, 1)).view(1, h, n * (w + 1), c)
+        out = super().forward(wide.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return out.reshape(h, n, w + 1, -1)[:, :, :w].permute(1, 3, 0, 2)
+
+
+class RobustLearner(Learner):
+    """A `Learner` that an interruption or an error leaves as usable as it was, and whose `fit` may begin later.
+
+    `fit` begins at `first_epoch`; fastai's own argument fires events for the skipped epochs. It raises `RunError` for a
+    loss that is not finite.
+    """
+    first_epoch = 0
+
+    def fit(self, *args, **kwargs):
+        try: super().fit(*args, **kwargs)
+        except BaseException:
+            self.leave()
+            raise
+        if at := self.stop_on_na_n.where:
+            peak = max(self.recorder.lrs, default=0)
+            raise RunError(f'the loss was not finite at {at}; lower --lr-max (the rate had reached {peak:.2e})')
+
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def one_batch(self, *args, **kwargs):
+        try: super().one_batch(*args, **kwargs)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self):
+        """Ends what callbacks left open when an exception skipped their `after_…` events."""
+        for cb in self.cbs:
+            if isinstance(cb, Precision | CUDAGraph): cb.leave()
+
+    def lr_find(self, *args, **kwargs) -> tuple:
+        """As fastai's, which leaves the finder's weights in the model if it does not come to its end."""
+        weights = {k: v.clone() for k, v in self.model.state_dict().items()}
+        opt = deepcopy(self.opt.state_dict()) if self.opt else None
+        try: return super().lr_find(*args, **kwargs)
+        except BaseException:
+            self.model.load_state_dict(weights)
+            if opt: self.opt.load_state_dict(opt)
+            else: self.opt = None
+            raise
+
+    def to_fp16(self, **kwargs) -> Learner:
+        """As fastai's, but in place of a precision that is there already: two of them would scale the loss twice."""
+        return self.remove_cb(MixedPrecision).add_cb(Precision('fp16', **kwargs))
+
+    def to_bf16(self) -> Learner:
+        """As fastai's, but on any device, and in place of a precision that is there already."""
+        return self.remove_cb(MixedPrecision).add_cb(Precision('bf16'))
+
+
+def best_precision(device: torch.device) -> str:
+    """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
+    if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+    if device.type != 'cpu' or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # by ONEDNN_MAX_CPU_ISA
+    has = torch.cpu.get_capabilities()
+    return 'bf16' if has.get('amx_bf16') or has.get('avx512_bf16') else 'fp32'
+
+
+def checked_precision(precision: str, device: torch.device) -> str:
+    """`precision`, 'auto' resolved for `device`. Raises `InputError` for one that does not exist there."""
+    if precision not in PRECISIONS: raise InputError(f'--precision {precision} is not one of {", ".join(PRECISIONS)}')
+    if precision == 'fp16' and device.type != 'cuda':
+        raise InputError(f'--precision fp16 needs a CUDA GPU, not "{device.type}"; use bf16 or fp32')
+    return best_precision(device) if precision == 'auto' else precision
+
+
+def device_name(device: torch.device) -> str:
+    """The processor in words."""
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
+    return f'{device.type}, {name}, {torch.get_num_threads()} threads'
+
+
+def keep_freed_memory():
+    """Lets the process keep what tensors free: returning it and asking again costs a CPU a fifth of the step."""
+    if sys.platform != 'linux': return
+    with contextlib.suppress(AttributeError):  # glibc only
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def weight_decay_groups(model: nn.Module, wd: float) -> list[dict]:
+    """fastai's weight decay for a torch optimizer: none on batch norm and biases, which are the 1-d parameters."""
+    decayed, plain = [], []
+    for p in model.parameters(): (decayed if p.ndim > 1 else plain).append(p)
+    return [dict(params=decayed, weight_decay=wd), dict(params=plain, weight_decay=0.)]
+
+
+def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path: str | Path = '.', ema: float = 0.99,
+                wd: float = 0.1, label_smoothing: float = 0.1, eps: float = 1e-5, width: int = 64) -> Learner:
+    """A fastai `Learner` of the assignment's network for `dls`; whatever it saves goes to `path`.
+
+    The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to
+    rounding) in a fraction of the time; `wd` is its decoupled weight decay. `label_smoothing` applies to the training
+    loss alone. `ema` is the decay of the moving average of the weights that is tested and kept; with 0 it is the last
+    step's weights. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights and all
+    randomness of every epoch; on a CPU the same seed gives the same run. `width` is that of `ResNet`. Raises
+    `InputError`.
+    """
+    device = dls.device
+    precision = checked_precision(precision, device)
+    set_seed(seed)
+    dls.train.rng = random.Random(seed)  # a look at a batch before the first epoch follows from the seed, too
+    torch.backends.cudnn.benchmark = True
+    model = ResNet(3, len(dls.vocab), width).to(device, memory_format=torch.channels_last)
+    if device.type == 'cpu':
+        keep_freed_memory()
+        if precision == 'bf16' and torch.cpu.get_capabilities().get('amx_bf16'):
+            for conv in model.layer3.modules():  # its maps are 8×8 and 4×4
+                if isinstance(conv, nn.Conv2d): conv.__class__ = SideBySideConv2d
+    cbs = [SeedEpochs(seed), History(), StopOnNaN()]
+    if precision != 'fp32': cbs.append(Precision(precision))
+    if device.type == 'cuda': cbs.append(CUDAGraph())
+    if ema: cbs.append(WeightAverage(ema))
+    learn = RobustLearner(
+        dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=Mean(accuracy), cbs=cbs, path=path,
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=eps, fused=True),
+        splitter=partial(weight_decay_groups, wd=wd))
+    recorder = learn.recorder
+    recorder.train_metrics, recorder.loss, recorder.smooth_loss = True, MeanLoss(), SmoothLoss()
+    if not SHOW_PROGRESS: learn.remove_cb(ProgressCallback).add_cb(PlainLog())
+    return learn
+
+
+def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float, float]]:
+    """A suggestion for `lr_find`: 0.4 times the middle, on the log scale, of the rates with about the least loss.
+
+    These are the rates whose loss is within a tenth of the whole descent. Their middle varies half as much from seed to
+    seed as the single rate of least loss, a tenth of which is fastai's `minimum`.
+    """
+    low = losses.min()
+    middle = lrs[losses <= low + 0.1 * (losses[0] - low)].log().mean().exp()
+    return 0.4 * middle.item(), (middle.item(), losses[(lrs - middle).abs().argmin()])
+
+
+def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
+    """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, but a tenth of LRMAX at most, and our `basin`.
+
+    Raises `RunError` where the finder's answer is of no use.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as tmp, contextlib.contextmanager(replacing_yield)(learn, 'model_dir', tmp):
+            lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=show_plot)
+    except (IndexError, ValueError) as e:  # of too few finite losses
+        raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
+    if not 0 < lr_min < float('inf') or not 0 < lr_max < float('inf'):
+        raise RunError('the LR finder gave no usable rates; set --lr-min and --lr-max')
+    return min(lr_min, lr_max / 10), lr_max
