@@ -8,8 +8,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # the same colour for the same thing in all figures
 # Class names are shown letter by letter (one may be called $x$), in the first of these fonts that has the letters.
-FONTS = ('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK JP', 'Microsoft YaHei', 'PingFang SC', 'Segoe UI', 'Arial Unicode MS',
-         'WenQuanYi Zen Hei', 'IPAGothic', 'FreeSans', 'Unifont')
+FONTS = ('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK JP', 'Microsoft YaHei', 'PingFang SC', 'Segoe UI',
+         'Arial Unicode MS', 'WenQuanYi Zen Hei', 'IPAGothic', 'FreeSans', 'Unifont')
 
 
 def with_names(draw: Callable) -> Callable:
@@ -94,7 +94,7 @@ def misclassified(images: Tensor, rows: list[dict]) -> Figure:
     """
     cols = 5
     lines = max(-(-len(images) // cols), 1)
-    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.4 + 2.7 * lines), layout='constrained')
+    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.8 + 2.7 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax, image, row in zip(axs.flat, images.cpu(), rows, strict=False):
         ax.imshow(image.permute(1, 2, 0), interpolation='nearest')

@@ -11,6 +11,7 @@ import errors
 
 if __name__ == '__main__': errors.end_quietly_while_importing('predict.py')
 
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -139,6 +140,9 @@ accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean l
 {aligned(pd.DataFrame(classes, columns=['class', 'images', 'recall', 'precision']))}
 
 {aligned(pd.DataFrame(confused, columns=['most confused: actual → predicted', 'images']))}'''
+
+
+if __name__ == '__main__': sys.argv[1:] = sorted(sys.argv[1:], key=lambda o: not o.startswith('--'))  # else not between
 
 
 @call_parse

@@ -190,7 +190,10 @@ class Run:
                 raise InputError(f'--{min(more).replace("_", "-")}: --resume takes --data and no other option')
             self.folder = Path(resume)
             self.stack.enter_context(locked(self.folder))  # first, else the checkpoint could soon be an old one
-            self.state = self.load(options)
+            try: self.state = self.load(options)
+            except InputError:
+                self.stack.close()
+                raise
             options = self.state['options'] | (dict(data=options['data']) if options['data'] else {})
             self.start -= self.state['seconds_total']
         self.options = o = SimpleNamespace(**options)

@@ -31,25 +31,30 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from torchvision.transforms.v2 import functional as TF
 
-from callbacks import Checkpoint, MovingAverage, load_state, write_whole
+from callbacks import MovingAverage
 from data import MEAN_COLOUR, PadCrop, get_data, get_dls
-from errors import InputError, RunError
-from predict import get_log_probs, load_run
-from train_fastai import PCT_START, basin, device_name, find_lrs, get_learner, locked
+from errors import InputError
+from learner import basin, device_name, find_lrs, get_learner
+from predict import get_log_probs
+from run import Checkpoint, load_run, load_state, locked, write_whole
+from train_fastai import PCT_START
 from train_fastai import main as train_fastai
 
 PLAIN = dict(wd=0.01, label_smoothing=0., pad='mean-colour')
 ARMS = dict(
-    seeds={'experiment': {}},
+    seeds={'experiment': {}, 'lr-max-quarter': dict(times=1/4, ema=0.995)},
     finder={'lr-find': {}},
     ingredients={
-        'default': {}, 'plain': PLAIN,
-        'wd-0.05': dict(wd=0.05), 'wd-0.2': dict(wd=0.2), 'wd-0.4': dict(wd=0.4),
+        'default': {}, 'wd-0.05': dict(wd=0.05), 'wd-0.2': dict(wd=0.2), 'wd-0.4': dict(wd=0.4),
         'smoothing-0': dict(label_smoothing=0.), 'smoothing-0.2': dict(label_smoothing=0.2),
-        'lr-max-x2': dict(times=2.), 'lr-max-x4': dict(times=4.),
-        'pad-mean-colour': dict(pad='mean-colour'), 'eps-1e-8': dict(eps=1e-8),
-        'lr-max-x2-wd-0.2': dict(times=2., wd=0.2), 'lr-max-x4-wd-0.2': dict(times=4., wd=0.2),
-        'lr-max-x2-wd-0.4': dict(times=2., wd=0.4), 'lr-max-x4-wd-0.4': dict(times=4., wd=0.4)},
+        'pad-mean-colour': dict(pad='mean-colour'), 'eps-1e-8': dict(eps=1e-8), 'lr-max-double': dict(times=2.),
+        'lr-max-half': dict(times=1/2), 'lr-max-half-wd-0.2': dict(times=1/2, wd=0.2),
+        'lr-max-half-wd-0.4': dict(times=1/2, wd=0.4), 'lr-max-quarter': dict(times=1/4),
+        'lr-max-quarter-wd-0.2': dict(times=1/4, wd=0.2), 'lr-max-quarter-eps-1e-8': dict(times=1/4, eps=1e-8),
+        'lr-max-quarter-smoothing-0': dict(times=1/4, label_smoothing=0.),
+        'lr-max-quarter-smoothing-0.2': dict(times=1/4, label_smoothing=0.2),
+        'lr-max-quarter-pad-mean-colour': dict(times=1/4, pad='mean-colour'),
+        'lr-max-quarter-plain': dict(times=1/4) | PLAIN, 'plain': PLAIN},
     schedule={
         'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
         'div-final-1e5-annihilates': dict(div_final=1e5)},
@@ -101,13 +106,18 @@ def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
     return dict(accuracy=accuracy(plain, targets).item(), accuracy_flip=accuracy(plain + flipped, targets).item())
 
 
-def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path) -> dict:
-    """Runs train_fastai.py in `folder`, or goes on with it there; returns its metrics and the accuracy by flips."""
+def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path, arm: dict) -> dict:
+    """Runs train_fastai.py in `folder`, or resumes it there; returns its metrics and the accuracy by flip averaging."""
     if not (folder/'model.pth').exists():
         if (folder/Checkpoint.file).exists(): train_fastai(resume=folder)
-        else: train_fastai(data=data, bs=bs, seed=seed, epochs=epochs, out=folder)
+        else:
+            options = {k: v for k, v in arm.items() if k != 'times'}
+            if 'times' in arm:
+                lr_min, lr_max = find_lrs(get_learner(get_dls(get_data(data), bs), seed=seed))
+                options |= dict(lr_min=lr_min, lr_max=arm['times'] * lr_max)
+            train_fastai(data=data, bs=bs, seed=seed, epochs=epochs, out=folder, **options)
     learn = load_run(folder)
-    return json.loads((folder/'metrics.json').read_text()) | dict(
+    return json.loads((folder/'metrics.json').read_bytes()) | dict(
         test_accuracy_flip=accuracies(learn, learn.model)['accuracy_flip'])
 
 
@@ -134,10 +144,9 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs
     file = folder/Checkpoint.file
     state = load_state(file) if file.exists() else None
     averages = WeightAverages(header := {}, state)
-    cbs = [averages] + ([Checkpoint(header, time.perf_counter(), state)] if checkpoints else [])
+    cbs = [averages] + ([Checkpoint(header, state)] if checkpoints else [])
     div_final = arm.get('div_final', div)
     learn.fit_one_cycle(epochs, lr_max, div=div, div_final=div_final, pct_start=PCT_START, cbs=cbs)
-    if at := learn.stop_on_na_n.where: raise RunError(f'the loss was not finite at {at}')
     return dict(arm, div_final=div_final, seed=seed, epochs=epochs, batch_size=dls.bs, lr_min=lr_min, lr_max=lr_max,
                 train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
                 history=learn.history.rows, **accuracies(learn, learn.model),
@@ -175,7 +184,7 @@ def main(
         def rates(seed): return find_lrs(get_learner(dls, seed=seed, path=tmp))
 
         def run(name, seed, folder):
-            if table == 'seeds': return experiment(data, bs, seed, epochs, folder)
+            if table == 'seeds': return experiment(data, bs, seed, epochs, folder, ARMS[table][name])
             if table == 'finder': return find(dls, seed, tmp)
             return train(dls, ARMS[table][name], seed, epochs, folder, rates(seed), not no_checkpoint)
 
@@ -185,7 +194,8 @@ def main(
             folder = file.with_suffix('')
             with contextlib.ExitStack() as lock:
                 if table != 'seeds':  # which locks the folder itself
-                    try: lock.enter_context(locked(folder, new=True))
+                    folder.mkdir(parents=True, exist_ok=True)
+                    try: lock.enter_context(locked(folder))
                     except InputError: continue  # another process is at it
                 if file.exists(): continue
                 print(file, flush=True)

@@ -23,9 +23,9 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from arch import ResNet
-from callbacks import Checkpoint, best_precision
 from data import get_data, get_dls
-from train_fastai import device_name, get_learner, keep_freed_memory
+from learner import SideBySideConv2d, best_precision, device_name, get_learner, keep_freed_memory
+from run import Checkpoint
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -86,8 +86,10 @@ def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
     precision = best_precision(device)
     x, y = (o.as_subclass(Tensor) for o in get_dls(data, bs, device=device).train.one_batch())
 
-    def network(precision='fp32', memory_format=torch.contiguous_format, fused=None):
+    def network(precision='fp32', memory_format=torch.contiguous_format, fused=None, side_by_side=False):
         model = ResNet().to(device, memory_format=memory_format)
+        for conv in model.layer3.modules() if side_by_side else ():
+            if isinstance(conv, nn.Conv2d): conv.__class__ = SideBySideConv2d
         images = x.contiguous(memory_format=memory_format)  # channels-last images would make any network channels-last
         opt = torch.optim.AdamW(model.parameters(), fused=fused)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
@@ -104,12 +106,15 @@ def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
     steps = {'plain float32': network(), '+ channels-last': network(memory_format=torch.channels_last)}
     if precision != 'fp32': steps[f'+ {precision}'] = network(precision, torch.channels_last)
     steps['+ fused AdamW'] = network(precision, torch.channels_last, True)
+    if device.type == 'cpu' and precision == 'bf16' and torch.cpu.get_capabilities().get('amx_bf16'):
+        steps['+ small maps side by side'] = network(precision, torch.channels_last, True, True)
+    *_, last = steps
     n = 2 if device.type == 'cpu' else 20
     parts = {name: partial(repeat, n, f) for name, f in steps.items()}
     if device.type == 'cpu' and sys.platform == 'linux':
         def with_memory_kept():
             keep_freed_memory()
-            parts['+ fused AdamW']()
+            parts[last]()
             return_freed_memory()
         parts['+ freed memory kept'] = with_memory_kept
     a = torch.randn(4096, 4096, device=device, dtype=DTYPES[precision])
@@ -143,7 +148,7 @@ def epoch(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
 
         def whole():
             with learn.no_bar(), learn.no_logging():
-                learn.fit_one_cycle(1, 1e-3, cbs=Checkpoint({}, time.perf_counter()))
+                learn.fit_one_cycle(1, 1e-3, cbs=Checkpoint({}))
 
         seconds = in_turn({'bare steps': bare, 'through the Learner': whole}, rounds, device)
     return {name: dict(images_per_second=len(train) * bs / s, ratio=s / seconds['bare steps'])

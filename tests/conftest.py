@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import narrow  # noqa: F401  networks are narrow in all tests that do not ask for another width
 import numpy as np
 import pytest
 from PIL import Image
+
+from data import get_dls
 
 matplotlib.use('Agg')
 os.environ['MPLBACKEND'] = 'Agg'  # for the programs that tests start
@@ -37,6 +40,16 @@ def one_cycle(i: int, n: int, lr_min: float, lr_max: float, final_div: float = 1
     return last + (lr_max - last) * (1 + math.cos(math.pi * (t - peak) / (1 - peak))) / 2
 
 
+LR_MIN, LR_MAX = 1e-4, 1e-3
+
+
+def fit(learn, epochs: int = 2, final_div: float = 1., **kwargs):
+    """Trains as train_fastai.py does, between `LR_MIN` and `LR_MAX`; returns `learn`."""
+    div = LR_MAX / LR_MIN
+    learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=div * final_div, pct_start=5/24, **kwargs)
+    return learn
+
+
 class Malicious:
     """Whoever unpickles it makes a folder."""
     def __reduce__(self): return os.mkdir, (os.environ['MALICIOUS_DIR'],)
@@ -44,11 +57,12 @@ class Malicious:
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory) -> Path:
-    """A small data folder of three classes: 24 training and 12 test images. Not to be changed.
-
-    The finder needs batches of 4 or 6 here: with 8 or 2 its LRMIN can exceed its LRMAX, by the processor's rounding.
-    """
+    """A small data folder of three classes: 24 training and 12 test images. Not to be changed."""
     return make_folder(tmp_path_factory.mktemp('data')/'small')
+
+
+@pytest.fixture
+def dls(folder): return get_dls(folder, bs=8)
 
 
 @pytest.fixture

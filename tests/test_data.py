@@ -9,18 +9,21 @@ from conftest import ends, make_folder
 from fastai.vision.all import PILImage, Pipeline, TensorImage, cifar_stats
 from PIL import Image
 
+import data
 from data import (
     MEAN_COLOUR,
     BatchDL,
     Cutout,
     FlipLR,
-    InputError,
     PadCrop,
+    RGBImage,
     decode_images,
     get_data,
     get_dls,
     image_files,
+    read_image,
 )
+from errors import InputError
 from train_fastai import main
 
 N = 400
@@ -44,11 +47,11 @@ def test_mean_colour_is_zero_once_normalised():
         assert abs(colour / 255 - mean) / std <= 0.5 / 255 / std
 
 
-def test_pad_crop_shifts_by_up_to_four_and_pads_with_the_mean_colour(batch):
+def test_pad_crop_shifts_by_up_to_four_and_pads_with_a_reflection(batch):
     out = PadCrop(4)(batch, split_idx=0)
     assert (out.shape, out.dtype, type(out)) == (batch.shape, torch.uint8, TensorImage)
-    padded = GREY.repeat(N, 1, 40, 40)
-    padded[:, :, 4:36, 4:36] = batch
+    places = [4, 3, 2, 1, *range(32), 30, 29, 28, 27]
+    padded = batch[:, :, places][:, :, :, places]
     shifts = set()
     for img, whole in zip(out, padded, strict=True):
         found = [(i, j) for i in range(9) for j in range(9) if (whole[:, i:i+32, j:j+32] == img).all()]
@@ -141,19 +144,22 @@ def test_training_images_are_each_padded_cropped_flipped_and_cut_and_test_images
     seen = []
     for img in [img for _ in range(5) for batch in dls.train for img in pixels(batch)]:
         covered = img[2] != 250
-        column, row = img[0, ~covered] // 4, img[1, ~covered] // 4
-        flipped = (column - j[~covered]).unique().numel() > 1
-        dx = (column + j[~covered] - 31 if flipped else column - j[~covered]).unique()
-        dy = (row - i[~covered]).unique()
+        inside = ~covered & (i >= 4) & (i < 28) & (j >= 4) & (j < 28)  # never padding
+        column, row = img[0, inside] // 4, img[1, inside] // 4
+        flipped = (column - j[inside]).unique().numel() > 1
+        dx = (column + j[inside] - 31 if flipped else column - j[inside]).unique()
+        dy = (row - i[inside]).unique()
         assert len(dx) == len(dy) == 1
         dx, dy = dx.item(), dy.item()
-        padding = 32 * 32 - (32 - abs(dx)) * (32 - abs(dy))
-        seen.append((dx, dy, flipped, covered.sum().item() - padding))
+        x, y = (31 - j if flipped else j) + dx, i + dy
+        x, y = (31 - (31 - o.abs()).abs() for o in (x, y))  # reflected at the border
+        assert (img[0] == 4 * x)[~covered].all()
+        assert (img[1] == 4 * y)[~covered].all()
+        seen.append((dx, dy, flipped, covered.sum().item()))
     dxs, dys, flips, holes = zip(*seen, strict=True)
     assert set(dxs) == set(dys) == set(range(-4, 5))
     assert 40 < sum(flips) < 80  # of 120
-    assert min(holes) >= 16  # the rest of it on padding
-    assert max(holes) == 64
+    assert set(holes) == {64}
     for k in (0, 1, 2): assert any(len({o[k] for o in seen[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
 
 
@@ -180,7 +186,7 @@ def test_both_loaders_show_the_same_distribution(tmp_path):
                 grey += (x.abs() < 0.01).all(1).sum(0)
                 total += x.mean((0, 2, 3))
         moments.append((grey / (4 * 192), total / (4 * 3)))
-    # How often a pixel is padding or hole, by place (binomial, 768 draws), and the mean colour
+    # How often a pixel is in the hole, by place (binomial, 768 draws), and the mean colour
     assert (moments[0][0] - moments[1][0]).abs().max() < 5.5 * (2 * 0.25 / 768) ** 0.5
     assert (moments[0][0].mean() - moments[1][0].mean()).abs() < 0.01
     assert (moments[0][1] - moments[1][1]).abs().max() < 0.05
@@ -248,6 +254,19 @@ def other_size(path): save(path/'train/red/0.png', np.zeros((32, 33, 3), 'uint8'
 def zero_bytes(path): (path/'test/red/0.png').write_bytes(b'')
 def text_as_image(path): (path/'train/red/0.png').write_text('hello')
 def half_an_image(path): (path/'train/red/1.png').write_bytes((path/'train/red/1.png').read_bytes()[:300])
+def first_image_half(path): (path/'train/blue/0.png').write_bytes((path/'train/blue/0.png').read_bytes()[:300])
+
+
+def malformed_exif(path):
+    """As a camera's faulty software leaves it; some readers pass over it."""
+    Image.new('RGB', (32, 32)).save(path/'test/red/0.png', exif=b'Exif\0\0no TIFF at all')
+
+
+def other_letters(path):
+    (path/'train/red').rename(path/'train/caf\u00e9')
+    (path/'test/red').rename(path/'test/cafe\u0301')
+
+
 def floating_point(path):
     (path/'train/red/0.png').unlink()
     Image.fromarray(np.zeros((32, 32), 'float32')).save(path/'train/red/0.tif')
@@ -307,8 +326,9 @@ BAD_FOLDERS = [
     (broken_link, 'train/red/8.png cannot be read'), (file_as_split, 'has no folder "test"'),
     (no_unicode, r"red/caf\xe9.png' is a name that cannot"), (line_break, r"red/a\nb.png' is a name that cannot"),
     (half_an_image, 'train/red/1.png cannot be read'),
-    (floating_point, 'train/red/0.tif cannot be read as an image (floating-point'),
-    (sequence, 'train/red/8.gif is a sequence of images'),
+    (floating_point, 'train/red/0.tif cannot be read as an image (its pixels have more than 8 bits'),
+    (first_image_half, 'train/blue/0.png cannot be read'), (other_letters, 'composed differently (in Unicode)'),
+    (sequence, 'train/red/8.gif cannot be read as an image (it is a sequence of images)'),
 ]
 
 
@@ -316,9 +336,10 @@ BAD_FOLDERS = [
 def test_a_bad_folder_is_named_in_one_line_and_nothing_is_written(tmp_path, capsys, spoil, message):
     path = make_folder(tmp_path/'d')
     spoil(path)
-    for stock in (False, True):
-        assert message in ends(capsys, 2, main, data=path, out=tmp_path/'out', bs=8, stock_loader=stock)
-        assert not (tmp_path/'out').exists()
+    with pytest.raises(InputError) as e: get_dls(path, bs=8, stock_loader=True)
+    assert message in str(e.value)
+    assert message in ends(capsys, 2, main, data=path, out=tmp_path/'out', bs=8)
+    assert not (tmp_path/'out').exists()
 
 
 def test_fewer_training_images_than_a_batch(folder):
@@ -358,3 +379,36 @@ def test_the_genuine_cifar10(cifar10):
 
 
 def test_a_given_folder_is_not_downloaded(folder): assert get_data(str(folder)) == folder
+
+
+def test_what_is_transparent_is_white_for_every_reader(tmp_path):
+    pixels = np.zeros((32, 32, 4), 'uint8')
+    pixels[:, :, 0], pixels[8:24, 8:24, 3] = 200, 255  # red, also where it cannot be seen
+    rgba = Image.fromarray(pixels)
+    rgba.save(tmp_path/'rgba.png')
+    rgba.save(tmp_path/'rgba.webp', lossless=True)
+    palette = Image.fromarray(pixels[:, :, 3] // 255, 'P')
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    palette.save(tmp_path/'palette.png', transparency=0)
+    for name in ('rgba.png', 'rgba.webp', 'palette.png'):
+        image = read_image(tmp_path/name)
+        assert (image[:, 16, 16] == torch.tensor([200, 0, 0])).all()
+        assert (image[:, 0, 0] == 255).all()
+        assert (np.asarray(RGBImage.create(tmp_path/name)) == image.permute(1, 2, 0).numpy()).all()
+
+
+def test_images_are_read_without_shared_memory_or_processes(folder, monkeypatch):
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', None)
+    monkeypatch.setattr('multiprocessing.process.BaseProcess.start', None)
+    assert decode_images(image_files(folder)).shape == (36, 3, 32, 32)
+
+
+def test_cifar10_is_counted_as_it_is_loaded(folder, tmp_path, monkeypatch):
+    """Through a link to another disk, and without what is hidden."""
+    (tmp_path/'cifar10').mkdir()
+    for split in ('train', 'test'): (tmp_path/'cifar10'/split).symlink_to(folder/split)
+    (tmp_path/'cifar10/.ipynb_checkpoints').mkdir()
+    Image.new('RGB', (32, 32)).save(tmp_path/'cifar10/.ipynb_checkpoints/0.png')
+    monkeypatch.setattr(data, 'CIFAR_IMAGES', 36)
+    monkeypatch.setattr(data, 'untar_data', lambda _: tmp_path/'cifar10')
+    assert get_data() == tmp_path/'cifar10'

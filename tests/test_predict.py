@@ -1,5 +1,7 @@
 import io
 import json
+import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -9,13 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Malicious, ends, make_folder
-from fastai.vision.all import ClassificationInterpretation, PILImage
+from conftest import ROOT, Malicious, ends, fit, make_folder
+from fastai.vision.all import ClassificationInterpretation, PILImage, Tensor, image2tensor
 from PIL import Image
 
 import predict
-from data import InputError
-from predict import load_run, main, read_image
+from data import FitSize, RGBImage, get_dls
+from errors import InputError
+from learner import get_learner
+from predict import class_scores, confusion_matrix, get_log_probs, main, misclassified, most_confused
+from run import load_run
 from train_fastai import main as train
 
 
@@ -28,6 +33,9 @@ def run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')/'run'
     train(data=data, out=out, epochs=6, bs=8, lr_min=1e-4, lr_max=1e-3)
     return out
+
+
+def read_image(file): return image2tensor(FitSize()(RGBImage.create(file)))
 
 
 def read_csv(capsys, *args):
@@ -197,12 +205,10 @@ def test_a_learner_without_images_does_what_one_can_without(run, data):
     torch.testing.assert_close(preds, load_run(run).get_preds()[0])
 
 
-@pytest.mark.parametrize(('pixels', 'expected'), [
-    (np.full((32, 32), 200, 'int32'), 200), (np.full((32, 32), 200 * 257, 'int32'), 200),
-    (np.full((32, 32), 200 * 257, 'uint16'), 200), (np.full((32, 32), 200, 'uint16'), 1)])
-def test_wide_pixels(tmp_path, pixels, expected):
-    Image.fromarray(pixels).save(tmp_path/'x.tif')
-    assert (read_image(tmp_path/'x.tif') == expected).all()
+@pytest.mark.parametrize('ending', ['tif', 'png'])
+def test_sixteen_bits(tmp_path, ending):
+    Image.fromarray(np.full((32, 32), 200 * 257, 'uint16')).save(tmp_path/f'x.{ending}')
+    assert (read_image(tmp_path/f'x.{ending}') == 200).all()
 
 
 def test_columns_of_any_letters_are_aligned():
@@ -236,7 +242,7 @@ def stray_image(tmp_path):
     (empty, ['empty'], 'empty holds no images'), (text, ['text.png'], 'text.png cannot be read as an image'),
     (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class'),
     (stray_image, ['eval'], 'eval/0.png is not in a sub-folder with the name of a class'),
-    (floating_point, ['float.tif'], 'float.tif cannot be read as an image (floating-point'),
+    (floating_point, ['float.tif'], 'float.tif cannot be read as an image (its pixels have more than 8 bits'),
     (line_break, ['a\nb.png'], r"'a\nb.png' is a name that cannot be printed"),
     (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '"" does not exist'),
     (nothing, ['x' * 300], 'does not exist'), (other_class, ['eval', 'eval'], 'give it alone')],
@@ -316,3 +322,67 @@ def test_a_run_in_float32_is_loaded_in_float32(data, tmp_path):
     train(data=data, out=tmp_path/'out', epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3, precision='fp32')
     m = json.loads((tmp_path/'out/metrics.json').read_text())
     assert load_run(tmp_path/'out').validate()[0] == pytest.approx(m['test_loss'], rel=1e-6)
+
+
+def test_a_terminal_of_few_letters_and_an_option_between_run_and_images(run, data, tmp_path):
+    shutil.copy(data/'test/red/0.png', tmp_path/'für.png')
+    done = subprocess.run([sys.executable, str(ROOT/'predict.py'), str(run), '--csv', str(tmp_path/'für.png')],
+                          capture_output=True, env=dict(os.environ, PYTHONIOENCODING='ascii'))
+    assert (done.returncode, done.stderr) == (0, b'')
+    assert done.stdout.startswith(b'file,class,probability')
+    assert b'f?r.png' in done.stdout
+
+
+def test_predicting_needs_no_home(run, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('run.fastai_path', None)
+    main(str(run), str(data/'test/red/0.png'))
+    assert 'red' in capsys.readouterr().out
+
+
+COUNTS, VOCAB = torch.tensor([[7, 2, 1], [0, 10, 0], [4, 1, 0]]), ['cat', 'd|g', 'eel']
+
+
+def test_class_scores():
+    assert class_scores(COUNTS, VOCAB) == [('cat', 10, torch.tensor(7 / 10).item(), torch.tensor(7 / 11).item()),
+                                           ('d|g', 10, 1, torch.tensor(10 / 13).item()), ('eel', 5, 0, 0)]
+    *_, (_, n, recall, precision) = class_scores(torch.tensor([[3, 0], [0, 0]]), ['a', 'b'])
+    assert n == 0
+    assert math.isnan(recall)
+    assert math.isnan(precision)
+
+
+def test_most_confused():
+    assert most_confused(COUNTS, VOCAB) == [('eel', 'cat', 4), ('cat', 'd|g', 2), ('cat', 'eel', 1), ('eel', 'd|g', 1)]
+    assert most_confused(COUNTS, VOCAB, 1) == [('eel', 'cat', 4)]
+    assert most_confused(COUNTS.diag().diag(), VOCAB) == []
+
+
+def test_misclassified_against_a_count_by_hand(tmp_path):
+    path = make_folder(tmp_path/'d')
+    for i in (1, 2): (path/f'test/red/{i}.png').rename(path/f'test/blue/red{i}.png')  # to be got wrong
+    dls = get_dls(path, bs=8)
+    learn = fit(get_learner(dls, 'fp32', path=tmp_path), 8)
+    net = learn.model.eval()
+    expected = []
+    for file in dls.valid_ds.items:
+        x, = dls.test_dl([file]).one_batch()
+        with torch.no_grad(): log_probs = net(x.as_subclass(Tensor))[0]
+        actual, predicted = file.parent.name, dls.vocab[log_probs.argmax()]
+        if actual != predicted:
+            expected.append(dict(file=file.relative_to(dls.path).as_posix(), actual=actual, predicted=predicted,
+                                 probability=log_probs.max().exp().item(),
+                                 loss=-log_probs[dls.vocab.o2i[actual]].item()))
+    expected.sort(key=lambda r: -r['loss'])
+    log_probs = get_log_probs(learn, dls.valid_ds.images)
+    found, places = misclassified(log_probs, dls)
+    assert [dls.valid_ds.items[i].relative_to(dls.path).as_posix() for i in places] == [r['file'] for r in found]
+    assert 0 < len(found) < 12
+    assert [r['file'] for r in found] == [r['file'] for r in expected]
+    for f, e in zip(found, expected, strict=True):
+        assert (f['actual'], f['predicted']) == (e['actual'], e['predicted'])
+        assert (f['probability'], f['loss']) == pytest.approx((e['probability'], e['loss']), rel=1e-3)
+    counts = confusion_matrix(log_probs, dls.valid_ds.labels.cpu())
+    assert counts.sum(1).tolist() == [6, 4, 2]
+    assert counts[0, 2] == sum(r['actual'] == 'blue' and r['predicted'] == 'red' for r in found) > 0
+    assert counts.sum() - counts.trace() == len(found)
+    assert learn.history.rows[-1]['test_accuracy'] == pytest.approx(1 - len(found) / 12)

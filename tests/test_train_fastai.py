@@ -17,30 +17,43 @@ import pytest
 import torch
 from conftest import ROOT, ends, make_folder, one_cycle
 from fastai.data.external import fastai_cfg
-from fastai.vision.all import Adam, Callback, ClassificationInterpretation, Learner, URLs, accuracy, load_learner
+from fastai.vision.all import (
+    Adam,
+    Callback,
+    ClassificationInterpretation,
+    Learner,
+    URLs,
+    accuracy,
+    defaults,
+    load_learner,
+)
 from kill import command, differences, kill_runs, run_options
 from PIL import Image
 
 import data
+import figures
 import train_fastai
 from arch import ResNet
 from callbacks import SeedEpochs
-from data import InputError, get_data, get_dls
-from train_fastai import check_options, get_learner, locked, main
+from data import get_data, get_dls
+from errors import InputError
+from learner import get_learner
+from run import check_options, load_state, locked
+from train_fastai import main
 
 FILES = {'metrics.json', 'history.csv', 'schedule.csv', 'lr_find.csv', 'misclassified.csv', 'lr_find.png',
          'schedule.png', 'history.png', 'misclassified.png', 'top_losses.png', 'confusion_matrix.png', 'augmented.png',
-         'checkpoint.pth', 'model.pth', 'report.md'}
+         'checkpoint.pth', 'model.pth', 'report.md', 'classes.csv'}
 METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
            'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
-           'test_images', 'classes', 'data_sha256', 'versions', 'options'}
+           'test_images', 'classes', 'fingerprint', 'versions', 'options'}
 
 
 @pytest.fixture(scope='module')
 def run(folder, tmp_path_factory):
-    """A run as a user starts it, with the finder: its folder and what it printed."""
+    """A run as a user starts it, with the whole network and the finder: its folder and what it printed."""
     out = tmp_path_factory.mktemp('runs')/'finder'
-    done = run_program('--data', folder, '--out', out, '--epochs', 3, '--bs', 6)
+    done = run_program('--data', folder, '--out', out, '--epochs', 3, '--bs', 6, script=ROOT/'train_fastai.py')
     assert done.returncode == 0, done.stderr
     return out, done.stdout, done.stderr
 
@@ -53,7 +66,11 @@ def whole(folder, tmp_path_factory):
     return out
 
 
-def run_program(*args): return subprocess.run(command(*args), capture_output=True, text=True)
+@pytest.fixture
+def no_pictures(monkeypatch): monkeypatch.setattr(train_fastai, 'save_figure', lambda *_: None)
+
+
+def run_program(*args, **kwargs): return subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
 
 
 def start(folder, out): main(data=str(folder), out=str(out), epochs=6, bs=8, lr_min=1e-4, lr_max=1e-3)
@@ -95,6 +112,9 @@ class TestRunFolder:
         m = json.loads((out/'metrics.json').read_text())
         assert list(schedule.lr) == pytest.approx([one_cycle(i, 12, m['lr_min'], m['lr_max']) for i in range(12)])
         assert finder.lr.min() < m['lr_min'] < m['lr_max'] < finder.lr.max()
+        classes = pd.read_csv(out/'classes.csv')
+        assert list(classes) == ['class', 'images', 'recall', 'precision']
+        assert (classes.recall * classes.images).sum() / 12 == pytest.approx(m['test_accuracy'])
         wrong = pd.read_csv(out/'misclassified.csv')
         assert list(wrong) == ['file', 'actual', 'predicted', 'probability', 'loss']
         assert len(wrong) == round(12 * (1 - m['test_accuracy']))
@@ -157,7 +177,7 @@ def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(cifar10
             for file in sorted((cifar10/split/name).iterdir())[:n]:
                 (tmp_path/'slice'/split/name/file.name).symlink_to(file)
     dls = get_dls(tmp_path/'slice', bs=32)
-    fast = get_learner(dls, path=tmp_path)
+    fast = get_learner(dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0.995, width=64)
     plain = Learner(dls, ResNet(n_out=3), opt_func=partial(Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
                     cbs=SeedEpochs(42), path=tmp_path)
     plain.model.load_state_dict(fast.model.state_dict())
@@ -194,7 +214,8 @@ def test_plain_fastai_from_here_on(folder, tmp_path):
     torch.testing.assert_close(again.predict(file)[2], probabilities)
 
 
-OPTIONS = dict(epochs=24, bs=512, seed=42, lr_min=None, lr_max=None, final_div=1, ema=0.995)
+OPTIONS = dict(epochs=24, bs=512, seed=42, lr_min=None, lr_max=None, final_div=1, wd=0.1, label_smoothing=0.1, ema=0.99,
+               precision='auto')
 BAD_OPTIONS = [
     (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'),
     (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
@@ -203,7 +224,10 @@ BAD_OPTIONS = [
     (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
     (dict(final_div=0), '--final-div 0'), (dict(final_div=-1), '--final-div -1'),
     (dict(final_div=math.inf), '--final-div'), (dict(final_div=math.nan), '--final-div'),
-    (dict(ema=1), '--ema 1'), (dict(ema=-0.1), '--ema -0.1'), (dict(ema=math.nan), '--ema nan'),
+    (dict(wd=-1), '--wd -1'), (dict(wd=math.inf), '--wd inf'), (dict(wd=math.nan), '--wd nan'),
+    (dict(label_smoothing=1), '--label-smoothing 1'), (dict(label_smoothing=-0.1), '--label-smoothing -0.1'),
+    (dict(precision='int8'), '--precision int8 is not one of'), (dict(ema=1), '--ema 1'),
+    (dict(ema=-0.1), '--ema -0.1'), (dict(ema=math.nan), '--ema nan'),
 ]
 
 
@@ -216,18 +240,53 @@ def test_options_out_of_range(change, message):
 
 @pytest.mark.parametrize(('options', 'message'), [
     (dict(epochs=0), '--epochs 0'),
-    (dict(precision='int8'), '--precision int8 is not one of'),
     (dict(precision='fp16'), '--precision fp16 needs a CUDA GPU'),
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'data folder nowhere does not exist'),
-    (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'), (dict(data=''), '--data is empty'),
-    (dict(resume='.'), 'checkpoint.pth does not exist; start a run without --resume'),
+    (dict(resume='nowhere', bs=512), 'nowhere cannot be used for a run (No such file'),
+    (dict(data=''), '--data is empty'),
+    (dict(resume='.', bs=512), 'checkpoint.pth does not exist; start a run without --resume'),
+    (dict(resume='.'), '--bs: --resume takes --data and no other option'),
 ], ids=str)
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
-    if torch.cuda.is_available(): monkeypatch.setattr(train_fastai, 'get_dls', lambda *a, **k: get_dls(*a, **k).cpu())
+    monkeypatch.setattr(defaults, 'use_cuda', False)
     monkeypatch.chdir(tmp_path)
     assert message in ends(capsys, 2, main, **dict(data=str(folder), bs=8) | options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line_and_no_result(folder, tmp_path, capsys, monkeypatch):
+    def fail(*_): raise ValueError('no picture')
+    for name in ('augmented', 'history', 'misclassified', 'top_losses'): monkeypatch.setattr(figures, name, fail)
+    start(folder, tmp_path/'out')
+    err = capsys.readouterr().err
+    assert err.count('was not written: no picture\n') == err.count('\n') == 4
+    assert {f.name for f in (tmp_path/'out').iterdir()} == FILES - {
+        'lr_find.csv', 'lr_find.png', 'augmented.png', 'history.png', 'misclassified.png', 'top_losses.png'}
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_table_that_cannot_be_written_costs_a_line_and_no_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    disturbed(monkeypatch, lambda: ((out/'history.csv').unlink(), (out/'history.csv').mkdir()))
+    start(folder, out)
+    assert 'history.csv was not written' in capsys.readouterr().err
+    assert load_state(out/'checkpoint.pth')['epochs_done'] == 6
+    assert (out/'model.pth').exists()
+
+
+@pytest.mark.usefixtures('no_pictures')
+@pytest.mark.parametrize(('error', 'message'), [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate\n2 GiB'), 'out of memory; try a smaller --bs'),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 'try a smaller --bs'),
+    (RuntimeError('CUDA error: no kernel image is available for execution on the device'), 'the device failed: CUDA')])
+@pytest.mark.parametrize('given', [{}, dict(lr_min=1e-4, lr_max=1e-3)], ids=['finder', 'rates'])
+def test_trouble_of_the_device_is_one_line(folder, tmp_path, capsys, monkeypatch, error, message, given):
+    def fail(*_): raise error
+    monkeypatch.setattr(ResNet, 'forward', fail)
+    line = ends(capsys, 1, main, data=folder, out=tmp_path/'out', bs=8, **given)
+    assert message in line
+    assert '--lr-min' not in line
 
 
 def test_bad_input_on_the_command_line(tmp_path):
@@ -245,26 +304,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(folder, run, tmp_path, cap
     assert 'is a file' in ends(capsys, 2, main, data=str(folder), out=str(tmp_path/'file'), bs=8)
 
 
-def test_of_two_runs_in_one_folder_at_once_one_refuses(folder, tmp_path):
-    both = [subprocess.Popen(command(*run_options(folder, tmp_path/'out', 1)), stderr=subprocess.PIPE, text=True,
-                             stdout=subprocess.DEVNULL) for _ in range(2)]
-    errors = [p.communicate()[1] for p in both]
-    assert sorted(p.returncode for p in both) == [0, 2]  # which of the two says it depends on how far the other is
-    assert sum('in use by another run' in e or 'already holds a run' in e for e in errors) == 1
-    assert (tmp_path/'out/model.pth').exists()
-
-
 def test_a_folder_in_use_is_refused(folder, tmp_path, capsys):
-    with locked(tmp_path, new=True):
+    with locked(tmp_path):
         assert 'in use by another run' in ends(capsys, 2, start, folder=folder, out=tmp_path)
         assert 'in use by another run' in ends(capsys, 2, main, resume=tmp_path)
-
-
-@pytest.mark.parametrize('found', [(1e-2, 1e-3), (1e-3, 1e-3), (math.nan, 1e-3), (1e-4, math.nan)])
-def test_a_finder_without_a_usable_answer_is_told(folder, tmp_path, capsys, monkeypatch, found):
-    monkeypatch.setattr(Learner, 'lr_find', lambda *_, **__: found)
-    message = ends(capsys, 1, main, data=str(folder), out=str(tmp_path/'out'), bs=8)
-    assert 'set --lr-min and --lr-max' in message
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_record(folder, tmp_path, capsys):
@@ -301,34 +344,33 @@ def test_ctrl_c_and_resume_end_like_the_run_that_was_left_alone(folder, whole, t
     assert len(pd.read_csv(out/'history.csv')) == 3
     assert (out/'history.png').exists()
     assert not (out/'model.pth').exists()
-    assert '--out and --resume' in ends(capsys, 2, main, resume=str(out), out=str(tmp_path/'elsewhere'))
-    assert '--epochs 7 contradicts' in ends(capsys, 2, main, resume=str(out), epochs=7)
+    assert '--out: --resume takes' in ends(capsys, 2, main, resume=str(out), out=str(tmp_path/'elsewhere'))
+    assert '--epochs: --resume takes' in ends(capsys, 2, main, resume=str(out), epochs=7)
     other = make_folder(tmp_path/'other', seed=1)
-    assert 'holds other images' in ends(capsys, 2, main, resume=str(out), data=str(other))
+    assert 'the images are not those that the run' in ends(capsys, 2, main, resume=str(out), data=str(other))
     main(resume=str(out))
     assert differences(whole, out) == []
     assert 'this run is finished' in ends(capsys, 2, main, resume=str(out))
 
 
-def test_resume_from_elsewhere_and_given_options_told_from_defaults(folder, whole, tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures('no_pictures')
+def test_resume_from_elsewhere(folder, whole, tmp_path, capsys, monkeypatch):
     out = tmp_path/'out'
     with monkeypatch.context() as m:
         m.chdir(folder.parent)
         disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
         ends(capsys, 130, start, folder=folder.name, out=out)
-    done = run_program('--resume', out, '--epochs', 24)
-    assert done.returncode == 2
-    assert f'--epochs 24 contradicts the run in {out}, which has 6' in done.stderr
     main(resume=out)
     assert differences(whole, out) == []
 
 
+@pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize(('error', 'code'), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, 'disk full'), 1)])
 def test_a_run_that_only_lacks_its_results_is_finished(folder, whole, tmp_path, capsys, monkeypatch, error, code):
     out = tmp_path/'out'
     def die(*_): raise error
-    monkeypatch.setattr(train_fastai.figures, 'misclassified', die)
-    assert f'from the last whole epoch with --resume {out}' in ends(capsys, code, start, folder=folder, out=out)
+    monkeypatch.setattr(train_fastai, 'misclassified', die)
+    assert f'resume it with: python train_fastai.py --resume {out}' in ends(capsys, code, start, folder=folder, out=out)
     monkeypatch.undo()
     main(resume=str(out))
     assert differences(whole, out) == []
@@ -341,15 +383,15 @@ def test_an_interrupted_finder_leaves_nothing_that_stands_in_the_way(folder, tmp
     out = tmp_path/'out'
     options = dict(data=folder, out=out, epochs=1, bs=6)
     monkeypatch.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
-    assert 'no epoch was finished, start anew' in ends(capsys, 130, main, **options)
+    assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
     monkeypatch.undo()
     main(**options)
     assert {f.name for f in out.iterdir()} == FILES
 
 
 def test_an_interruption_while_images_are_read(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(data, 'decode_image', lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    assert 'interrupted; no epoch was finished' in ends(capsys, 130, start, folder=folder, out=tmp_path/'out')
+    monkeypatch.setattr(train_fastai, 'get_dls', lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert 'interrupted; nothing was trained yet' in ends(capsys, 130, start, folder=folder, out=tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
 
@@ -362,14 +404,14 @@ def test_sigterm(folder, whole, tmp_path):
     process.terminate()
     _, err = process.communicate()
     assert process.returncode == 143
-    assert err == f'train_fastai.py: interrupted; go on from the last whole epoch with --resume {out}\n'
+    assert err == f'train_fastai.py: interrupted; resume it with: python train_fastai.py --resume {out}\n'
     main(resume=str(out))
     assert differences(whole, out) == []
 
 
-def test_three_kills_at_random_moments(folder, whole, tmp_path):
+def test_kills_at_random_moments(folder, whole, tmp_path):
     print('seed', seed := random.randrange(10**6))
-    assert kill_runs(folder, whole, tmp_path, 3, random.Random(seed)) == []
+    assert kill_runs(folder, whole, tmp_path, 2, random.Random(seed)) == []
 
 
 def full_disk(out): (out/'checkpoint.pth.part').symlink_to('/dev/full')
@@ -400,6 +442,7 @@ def test_an_out_folder_that_cannot_be_written(folder, tmp_path, capsys, permissi
     assert not list((tmp_path/'closed').iterdir())
 
 
+@pytest.mark.usefixtures('no_pictures')
 def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsys):
     file = tmp_path/'checkpoint.pth'
     content = (whole/'checkpoint.pth').read_bytes()
@@ -499,15 +542,17 @@ def test_a_taste_is_short_whatever_else_is_said_and_can_be_done_again(tmp_path, 
     assert 'has 15 training images, taking one in 10, fewer than one batch of 64' in ends(
         capsys, 2, main, data=path, out=out, taste=True)
     main(data=path, out=out, taste=True, bs=4, lr_min=1e-4, lr_max=1e-3)
+    printed = capsys.readouterr().out
+    assert 'A taste' in printed
+    assert '--epochs 24 is lowered to 4\n' in printed
     m = json.loads((out/'metrics.json').read_text())
     assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (4, 4, 15, 6)
     disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
     again = dict(taste=True, epochs=9, bs=4, lr_min=1e-4, lr_max=1e-3)
     ends(capsys, 130, main, data=path, out=tmp_path/'other', **again)
-    main(resume=tmp_path/'other', **again)
+    main(resume=tmp_path/'other')
     assert differences(out, tmp_path/'other') == []
     assert f'--data {path} --epochs 4 --bs 4 --lr-min 0.0001 --lr-max 0.001 --taste\n' in (out/'report.md').read_text()
-    assert 'A taste' in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='cannot see when a process begins to catch signals')
@@ -519,13 +564,6 @@ def test_an_interruption_while_modules_are_imported(number, code):
     process.send_signal(number)
     assert process.communicate() == ('', 'train_fastai.py: interrupted\n')
     assert process.returncode == code
-
-
-def test_the_stock_loader_trains_too(folder, tmp_path):
-    main(data=str(folder), out=str(tmp_path/'out'), bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3, stock_loader=True)
-    assert json.loads((tmp_path/'out/metrics.json').read_text())['options']['stock_loader'] is True
-    assert len(pd.read_csv(tmp_path/'out/history.csv')) == 1
-    assert len(pd.read_csv(tmp_path/'out/schedule.csv')) == 3
 
 
 def test_environment_yml_installs_the_same_requirements():
