@@ -66,14 +66,18 @@ def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     return fig
 
 
-def history(rows: list[dict], target: float = 0.9) -> Figure:
-    """Loss and accuracy of both sets, epoch by epoch; `rows` as in history.csv."""
+def history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) -> Figure:
+    """Loss and accuracy of both sets, epoch by epoch; `rows` as in history.csv.
+
+    `label_smoothing` is that of the training loss, which the legend mentions.
+    """
     epoch = [row['epoch'] for row in rows]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
     for ax, name in ((left, 'loss'), (right, 'accuracy')):
         for split, color, marker in (('train', TRAIN, 's'), ('test', TEST, 'o')):
+            smoothed = ', labels smoothed' if label_smoothing and name == 'loss' else ''
             ax.plot(epoch, [row[f'{split}_{name}'] for row in rows], color=color, marker=marker, markersize=4,
-                    label='training (augmented)' if split == 'train' else 'test')
+                    label=f'training (augmented{smoothed})' if split == 'train' else 'test')
         ax.set(xlabel='epoch', ylabel=name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)

@@ -55,7 +55,7 @@ def draw_training(learn: Learner):
     h, silent = learn.history, io.StringIO() if sys.exc_info()[0] else sys.stderr
     with contextlib.redirect_stderr(silent):
         if h.schedule: save_figure(learn.path/'schedule.png', figures.schedule, h.schedule, len(learn.dls.train))
-        if h.rows: save_figure(learn.path/'history.png', figures.history, h.rows)
+        if h.rows: save_figure(learn.path/'history.png', figures.history, h.rows, learn.loss_func.label_smoothing)
 
 
 def save_results(run: Run, learn: Learner, **found) -> dict:
