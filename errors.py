@@ -11,6 +11,7 @@ import warnings
 from fastcore.script import is_cli
 
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)
+warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # figures.py says so in one line
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of images that can be read all the same
 
 

@@ -1,6 +1,4 @@
 """The figures of a run, one function per picture: recorded numbers, or fastai's own views, to a matplotlib figure."""
-import textwrap
-
 from fastai.vision.all import *
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -12,22 +10,34 @@ FONTS = ('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK JP', 'Microsoft YaHei', 'Pin
          'Arial Unicode MS', 'WenQuanYi Zen Hei', 'IPAGothic', 'FreeSans', 'Unifont')
 
 
+@functools.cache
+def letters(font: str) -> frozenset[int]:
+    """The characters of `font`."""
+    return frozenset(font_manager.get_font(font_manager.findfont(font)).get_charmap())
+
+
+@functools.cache
+def tell_once(message: str): print(message, file=sys.stderr)
+
+
 def with_names(draw: Callable) -> Callable:
     """Decorates a function that draws class names."""
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
-        known = {*font_manager.get_font_names()}
-        with plt.rc_context({'text.parse_math': False, 'font.family': [o for o in FONTS if o in known]}):
+        fonts = [o for o in FONTS if o in font_manager.get_font_names()]
+        with plt.rc_context({'text.parse_math': False, 'font.family': fonts}):
             fig = draw(*args, **kwargs)
-            fig.draw_without_rendering()  # while the fonts are those
+            fig.draw_without_rendering()  # which makes the tick labels
+        used = {ord(c) for text in fig.findobj(plt.Text) for c in text.get_text() if c.isprintable()}
+        if used - set().union(*map(letters, fonts)):
+            tell_once('No installed font has all letters of the class names; figures show boxes for the others.')
         return fig
     return drawn
 
 
-def short(name: str, width: int = 18, lines: int = 2) -> str:
-    """`name` in at most `lines` lines of `width` letters."""
-    parts = textwrap.wrap(name, width) or ['']
-    return '\n'.join(parts[:lines - 1] + [textwrap.shorten(' '.join(parts[lines - 1:]), width, placeholder='…')])
+def short(name: str, width: int = 16) -> str:
+    """`name`, cut to `width` letters."""
+    return name if len(name) <= width else f'{name[:width - 1]}…'
 
 
 def lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max: float) -> Figure:
@@ -98,11 +108,13 @@ def misclassified(images: Tensor, rows: list[dict]) -> Figure:
     """
     cols = 5
     lines = max(-(-len(images) // cols), 1)
-    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.8 + 2.7 * lines), layout='constrained')
+    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.9 + 2.6 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax, image, row in zip(axs.flat, images.cpu(), rows, strict=False):
         ax.imshow(image.permute(1, 2, 0), interpolation='nearest')
-        ax.set_title(f'{short(row["actual"])} →\n{short(row["predicted"])} ({row["probability"]:.0%})', fontsize=10)
+        actual, predicted = short(row['actual']), short(row['predicted'])
+        arrow = ' → ' if len(actual + predicted) <= 22 else ' →\n'
+        ax.set_title(f'{actual}{arrow}{predicted} ({row["probability"]:.0%})', fontsize=10)
     fig.suptitle(f'Misclassified test images, the worst of {len(rows):,}: actual → predicted (probability)')
     return fig
 
@@ -113,8 +125,8 @@ def top_losses(learn: Learner, n: int = 9) -> Figure:
     with learn.no_bar(), learn.no_logging(): interp = ClassificationInterpretation.from_learner(learn)
     interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     for ax in plt.gcf().axes:
-        parts = [short(part, 24, 1) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability
-        ax.set_title('/'.join(parts[:2]) + '\n' + '/'.join(parts[2:]), fontsize=10)
+        parts = [short(part) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability
+        ax.set_title(' / '.join(parts), fontsize=10)
     return plt.gcf()
 
 
@@ -130,7 +142,7 @@ def confusion_matrix(counts: Tensor, vocab: list[str]) -> Figure:
         dark = off_diagonal[i, j] > off_diagonal.max() / 2
         ax.text(j, i, f'{counts[i, j]}', ha='center', va='center', weight='bold' if i == j else 'normal',
                 color='white' if dark else 'black')
-    ticks, names = range(0, n, every), [short(c, 20, 1) for c in vocab[::every]]
+    ticks, names = range(0, n, every), [short(c, 20) for c in vocab[::every]]
     size = 10 if n <= 30 else 8
     ax.set_xticks(ticks, names, rotation=45 if n <= 30 else 90, ha='right' if n <= 30 else 'center', fontsize=size)
     ax.set_yticks(ticks, names, fontsize=size)
@@ -143,6 +155,6 @@ def augmented(dls: DataLoaders, n: int = 24) -> Figure:
     """A training batch as the network sees it: cropped, flipped, with its hole."""
     dls.train.show_batch(max_n=n, nrows=3, figsize=(12, 5.2), interpolation='nearest')
     fig = plt.gcf()
-    for ax in fig.axes: ax.set_title(short(ax.get_title(), 14, 1), fontsize=10)
+    for ax in fig.axes: ax.set_title(short(ax.get_title()), fontsize=10)
     fig.suptitle('Training images as the network sees them: pad 4 + crop, flip, cutout 8×8')
     return fig
