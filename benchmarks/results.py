@@ -34,8 +34,8 @@ seeds; one run has none. Flip averaging: the accuracy by the mean log-probabilit
 
 ## What was found
 
-The default, over seeds 42 to 46, reaches a mean test accuracy of **{default}** after 24 epochs ({flips} with flip
-averaging). The aim of 94.1 % without flip averaging was not reached.
+The default, over seeds 42 to 46, reaches a mean test accuracy of **{default}** after 24 epochs
+({flips} with flip averaging). The aim of 94.1 % without flip averaging was not reached.
 
 On 5,000 held-out training images everything that the default adds to the plain recipe gained: label smoothing,
 reflected padding, and above all more of what moves the weights, which is a larger LRMAX or more weight decay. One run

@@ -6,8 +6,8 @@ from conftest import make_folder, one_cycle
 from matplotlib.colors import same_color
 
 import figures
-from data import get_dls
-from train_fastai import get_learner
+from data import decode_images, get_dls
+from learner import get_learner
 
 LRS = [10 ** (-7 + i / 10) for i in range(75)]
 LOSSES = [3 - min(1, i / 50) + max(0, i - 60) for i in range(75)]
@@ -71,9 +71,9 @@ def test_history_has_the_90_percent_line_and_says_which_set_is_which():
 def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
     rows = [dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10, loss=1)
             for i in range(3)]
-    fig = figures.misclassified(folder, rows)
+    fig = figures.misclassified(decode_images([folder/row['file'] for row in rows]), rows)
     shown = [ax for ax in fig.axes if ax.images]
-    assert [ax.get_title() for ax in shown] == [f'red → $b$\n({p}%)' for p in (90, 80, 70)]
+    assert [ax.get_title() for ax in shown] == [f'red → $b$ ({p}%)' for p in (90, 80, 70)]
     for ax, row in zip(shown, rows, strict=True):
         image, = ax.images
         assert (np.asarray(image.get_array()) == plt.imread(folder/row['file'], format='png') * 255).all()
@@ -89,11 +89,36 @@ def test_confusion_matrix_says_every_number_in_text():
     assert fig.axes[0].images[0].get_array().tolist() == [[0, 1], [2, 0]]  # the colour is that of the errors
 
 
+@pytest.mark.parametrize('n', [100, 600])
+def test_names_of_many_classes_do_not_cover_each_other(n):
+    vocab = [f'a class with a long name, {i}' for i in range(n)]
+    ax, = figures.confusion_matrix(torch.eye(n, dtype=torch.long), vocab).axes
+    labels = ax.get_yticklabels()
+    assert labels[1].get_text() == f'{vocab[n // 50][:19]}…'
+    boxes = [o.get_window_extent() for o in labels]
+    assert not any(lower.y1 > upper.y0 for upper, lower in zip(boxes, boxes[1:], strict=False))
+
+
+def test_long_names_do_not_run_into_each_other():
+    rows = [dict(actual='an unreasonably long name', predicted='another unreasonably long name', probability=0.5)] * 10
+    fig = figures.misclassified(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), rows)
+    assert not overlapping([ax.title for ax in fig.axes[:5]])
+
+
+@pytest.mark.filterwarnings('ignore:Glyph')  # errors.py does so, too
+def test_letters_that_no_font_has_are_a_single_line(capsys):
+    figures.tell_once.cache_clear()
+    for _ in range(2): figures.confusion_matrix(torch.eye(2, dtype=torch.long), ['\U00013000', 'red']).canvas.draw()
+    err = capsys.readouterr().err
+    assert err.startswith('No installed font has all letters')
+    assert err.count('\n') == 1
+    figures.confusion_matrix(torch.eye(2, dtype=torch.long), ['été', 'красный']).canvas.draw()
+    assert capsys.readouterr().err == ''
+
+
 def test_fastais_grids_are_not_blurred(tmp_path):
     learn = get_learner(dls := get_dls(make_folder(tmp_path/'d'), bs=8), 'fp32', path=tmp_path)
-    learn.fit(1)
-    interp = figures.ClassificationInterpretation(learn, dls.valid, learn.final_predictions.losses)
-    for fig in (figures.augmented(dls), figures.top_losses(interp)):
+    for fig in (figures.augmented(dls), figures.top_losses(learn)):
         images = [image for ax in fig.axes for image in ax.images]
         assert len(images) >= 8
         assert {image.get_interpolation() for image in images} == {'nearest'}

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -23,6 +24,15 @@ def trained(accuracy, seed, div_final):
                 averages={'0.99': {k: v + 0.002 for k, v in share.items()}})
 
 
+@pytest.fixture(autouse=True)
+def _experiment(tmp_path):
+    """What the page speaks of in any case."""
+    for seed, share in ((9, 0.91), (10, 0.93)):
+        put(tmp_path, 'seeds/24', f'experiment-{seed}', seed=seed, lr_min=1e-4, lr_max=seed * 1e-4, epochs=24,
+            train_images=50000, test_images=10000, train_accuracy=0.98, test_accuracy=share,
+            test_accuracy_flip=share + 0.01, first_epoch_over_90=seed + 5)
+
+
 def row(text, first):
     line, = (line for line in text.splitlines() if line.startswith(f'| {first} |'))
     return [cell.strip() for cell in line.split('|')[2:-1]]
@@ -41,28 +51,27 @@ def test_the_published_page_is_that_of_the_published_results(tmp_path):
 
 
 def test_seeds_have_a_mean_and_a_deviation(tmp_path):
-    for seed, share in ((9, 0.91), (10, 0.93)):
-        put(tmp_path, 'seeds/24', f'experiment-{seed}', seed=seed, lr_min=1e-4, lr_max=seed * 1e-4, epochs=24,
-            train_images=50000, test_images=10000, train_accuracy=0.98, test_accuracy=share,
-            test_accuracy_flip=share + 0.01, first_epoch_over_90=seed + 5)
     put(tmp_path, 'seeds/24/experiment-9', 'metrics', seed=9)  # the folder of a run, which is no table
     text = results.page(tmp_path)
-    assert text.index('| 9 |') < text.index('| 10 |')
-    assert row(text, 9) == ['1.00·10⁻⁴', '9.00·10⁻⁴', '98.00 %', '91.00 %', '92.00 %', '14']
-    assert row(text, 'mean ± sd, N = 2')[3:5] == [f'92.00 ± {math.sqrt(2):.2f} %', f'93.00 ± {math.sqrt(2):.2f} %']
+    lines = [line for line in text.splitlines() if line.startswith('| experiment |')]
+    assert lines[0] == '| experiment | 9 | 1.00·10⁻⁴ | 9.00·10⁻⁴ | 98.00 % | 91.00 % | 92.00 % | 14 |'
+    assert lines[1].startswith('| experiment | 10 |')
+    mean, flips = f'92.00 ± {math.sqrt(2):.2f} %', f'93.00 ± {math.sqrt(2):.2f} %'
+    assert f'| mean ± sd, N = 2 |  |  | **98.00 ± 0.00 %** | **{mean}** | **{flips}** |' in text
+    assert f'test accuracy of **{mean}**' in ' '.join(text.split())
     assert 'an abacus' in text
 
 
 def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
-    for name, seed, share in (('plain', 1, 0.90), ('plain', 2, 0.92), ('wd-0.5', 2, 0.93), ('wd-0.5', 3, 0.97)):
+    for name, seed, share in (('default', 1, 0.90), ('default', 2, 0.92), ('wd-0.4', 2, 0.93), ('wd-0.4', 3, 0.97)):
         put(tmp_path, 'ingredients/24', f'{name}-{seed}', **trained(share, seed, 10))
     text = results.page(tmp_path)
-    plain, other = (row(text, f'{name} (training accuracy 98.00 ± 0.00 %)') for name in ('plain', 'wd-0.5'))
+    plain, other = (row(text, f'{name} (training accuracy 98.00 ± 0.00 %)') for name in ('default', 'wd-0.4'))
     assert plain == ['1, 2', '91.00 ± 1.41 %', '', '92.00 ± 1.41 %']
     assert other == ['2, 3', '95.00 ± 2.83 %', '+1.00', '96.00 ± 2.83 %']
     assert 'Device: an abacus.' in text
-    put(tmp_path, 'ingredients/24', 'plain-2', **trained(0.92, 2, 10) | dict(device='a slide rule'))
-    assert 'Device: a slide rule (plain); an abacus (plain, wd-0.5).' in results.page(tmp_path)
+    put(tmp_path, 'ingredients/24', 'default-2', **trained(0.92, 2, 10) | dict(device='a slide rule'))
+    assert 'Device: a slide rule (default); an abacus (default, wd-0.4).' in results.page(tmp_path)
     averages = [line.split('|')[4].strip() for line in text.splitlines() if 'weights averaged, decay' in line]
     assert averages == ['+0.20 ± 0.00', '+1.20']
 
@@ -87,14 +96,15 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
     for seed, at in ((1, 1e-3), (2, 4e-3)):
         for table in ('finder', 'share/finder/every-4-bs-128'):
             put(tmp_path, table, f'lr-find-{seed}', seed=seed, lrs=[1e-4, 1e-3, 4e-3, 1e-1], losses=[2., 1., 0.5, 3.],
-                valley=1e-4, minimum=at, steep=1e-4, slide=1e-4)
+                valley=1e-4, basin=at, minimum=at / 10, steep=1e-4, slide=1e-4)
     text = results.page(tmp_path)
-    assert row(text, 'largest / smallest') == ['1', '4', '1', '1']
+    assert row(text, 'largest / smallest') == ['1', '4', '4', '1', '1']
     ax, = results.finder_figure(results.load(tmp_path/'finder', ['lr-find'])).axes
     marks = [tuple(float(o[0]) for o in line.get_data()) for line in ax.lines if line.get_marker() == 's']
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
     assert '![Finder](finder.png)' in text
     assert 'recipes.py finder --seeds 1,2\n' in text
+    shutil.copytree(tmp_path/'seeds', tmp_path/'share/seeds')
     assert 'recipes.py finder --seeds 1,2 --every 4 --bs 128\n' in results.page(tmp_path/'share')
 
 
