@@ -4,9 +4,11 @@
     python benchmarks/gpu.py results --minutes 9 --workers 6
 
 In this order: the CUDA tests; `train_fastai.py` alone, timed; `speed.py`; then, in several processes that share the
-GPU, the default under several seeds, the ingredients on held-out images, the finder, the best ingredient with the test
-set, the ends of the cycle and the peak. Each result is in the folder as soon as it is there, so that a cut-off loses
-only what was running; `recipes.py` and `results.py` explain the files. What is there is not done again.
+GPU, the default under several seeds, the ingredients on held-out images, the best of them and the plain recipe with the
+test set, the ends of the cycle, the peak, and the finder. Each result is in the folder as soon as it is there, so that
+a cut-off loses only what was running; `recipes.py` and `results.py` explain the files. What is there is not done again.
+
+On an H100 the GPU has room for about three runs a minute, however many processes share it.
 """
 import contextlib
 import json
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -38,6 +39,11 @@ def alone(name: str, command: list, out: Path, seconds: float):
     print(f'{name}: {rc}, {time.perf_counter() - start:.0f} s', flush=True)
 
 
+def folder_name(epochs: int, bs: int, **_) -> str:
+    """As `recipes.py` names the folder of such runs."""
+    return f'{epochs}' if bs == 512 else f'{epochs}-bs-{bs}'
+
+
 def best_arm(folder: Path) -> str | None:
     """The arm with the best mean held-out accuracy of the averaged weights (decay 0.995) over the seeds all have."""
     runs = {}
@@ -49,28 +55,28 @@ def best_arm(folder: Path) -> str | None:
     return max((a for a in runs if len(runs[a]) == most), key=lambda a: mean(runs[a].values()))
 
 
-def work(i: int, workers: int, out: Path, data: str | None, epochs: int, bs: int, seeds: list[int], deadline: float):
-    """One process's share of the repeated runs, until `deadline`, by `time.time()`."""
+def work(i: int, workers: int, out: Path, arms: str | None, seeds: list[int], deadline: float, **size):
+    """One process's share of the repeated runs, until `deadline`, by `time.time()`; `size` is data, epochs and bs."""
     import recipes
+    start, folder = time.time(), out/'recipes/ingredients'/folder_name(**size)
+
+    def repeat(table: str, seeds: list[int], share: float = 1., **options):
+        left = (start + share * (deadline - start) - time.time()) / 60
+        if left < 0 or not seeds: return
+        print(f'{table} {options}, {left:.1f} minutes left', flush=True)
+        options = dict(size, seeds=','.join(map(str, seeds)), no_checkpoint=True, minutes=left) | options
+        try: recipes.main(table, out=out/'recipes', **options)
+        except (Exception, SystemExit) as e: print(f'{table}: {e!r}', flush=True)  # the other tables are still wanted
+
     with (out/f'worker-{i}.log').open('w') as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        start = time.time()
-        def repeat(table, share=1., size=bs, **options):
-            left = (start + share * (deadline - start) - time.time()) / 60
-            if left < 0: return
-            print(f'{table} {size} {options}, {left:.1f} minutes left', flush=True)
-            try: recipes.main(table, data=data, out=out/'recipes', epochs=epochs, bs=size, no_checkpoint=True,
-                              minutes=left, **options)
-            except SystemExit as e: print(e)
-        joined = partial(map, str)
-        if mine := seeds[i::workers]: repeat('seeds', seeds=','.join(joined(mine)))
-        repeat('ingredients', 0.62, seeds=','.join(joined(seeds)))
-        best = best_arm(out/f'recipes/ingredients/{epochs}{f"-bs-{bs}" if bs != 512 else ""}')
-        if best: repeat('test', 0.8, arms=best, seeds=','.join(joined(seeds)))
-        repeat('test', arms='plain', seeds=','.join(joined(seeds[:2])))
-        for every, size in ((1, bs), (1, 8), (1, 64), (50, 8), (50, 32), (50, 64), (50, bs)):
-            repeat('finder', size=size, every=every, seeds='0,1,2,3,4,5,6,7,8,9')
-        repeat('schedule', seeds=','.join(joined(seeds[:2])))
-        repeat('peak', seeds=','.join(joined(seeds[:1])))
+        repeat('seeds', seeds[i::workers], arms='experiment')  # each locks its folder: no two processes have one seed
+        repeat('ingredients', seeds, 0.6, arms=arms)
+        if best := best_arm(folder): repeat('test', seeds, 0.85, arms=best)
+        repeat('test', seeds[:2], arms='plain')
+        repeat('schedule', seeds[:2])
+        repeat('peak', seeds[:1])
+        for every, bs in ((1, size['bs']), (50, 8), (50, 32), (50, 64), (50, size['bs']), (1, 8), (1, 32), (1, 64)):
+            repeat('finder', [*range(10)], every=every, bs=bs)
 
 
 @call_parse
@@ -78,7 +84,8 @@ def main(
     out: str,  # folder for the results
     data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
     minutes: float = 9,  # begin nothing after so many minutes
-    workers: int = 6,  # processes that share the GPU
+    workers: int = 5,  # processes that share the GPU
+    arms: str = None,  # of the ingredients, separated by commas, the most interesting first; all if left out
     epochs: int = 24,  # of each run
     bs: int = 512,  # batch size
     seeds: str = '42,43,44,45,46',  # separated by commas
@@ -90,7 +97,7 @@ def main(
     deadline = start + 60 * minutes
     given = ['--data', data] if data else []
     if not no_tests: alone('tests', ['-m', 'pytest', 'tests/test_cuda.py'], out, min(120, deadline - time.time()))
-    run = out/f'recipes/seeds/{epochs}{f"-bs-{bs}" if bs != 512 else ""}/experiment-{seeds[0]}'
+    run = out/'recipes/seeds'/folder_name(epochs, bs)/f'experiment-{seeds[0]}'
     if not (run/'model.pth').exists():
         options = ['--out', run, '--epochs', epochs, '--bs', bs, '--seed', seeds[0]]
         alone('train', ['train_fastai.py', *options, *given], out, deadline - time.time())
@@ -98,6 +105,7 @@ def main(
           min(60, deadline - time.time()))
     os.environ.setdefault('OMP_NUM_THREADS', '2')
     with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
-        done = [pool.submit(work, i, workers, out, data, epochs, bs, seeds, deadline) for i in range(workers)]
+        done = [pool.submit(work, i, workers, out, arms, seeds, deadline, data=data, epochs=epochs, bs=bs)
+                for i in range(workers)]
         for o in done: o.result()
     print(f'{(time.time() - start) / 60:.1f} minutes')

@@ -78,6 +78,7 @@ def test_the_peak_is_as_found_a_third_and_three_times_of_it(tmp_path):
 
 
 def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fastai, 'save_figure', lambda *_: None)
     options = dict(data=make_folder(tmp_path/'d', train=20), bs=6, epochs=2, seed=5)
     train_fastai.main(**options, out=tmp_path/'alone')
     alone = json.loads((tmp_path/'alone/metrics.json').read_text())
@@ -86,14 +87,15 @@ def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(tmp_pat
         m.setattr(train_fastai, 'save_results', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit): recipes.experiment(**options, folder=folder, arm={})
     assert not (folder/'model.pth').exists()
-    recipes.main('seeds', arms='experiment', out=tmp_path, **{k: v for k, v in options.items() if k != 'seed'}, seeds='5')
+    recipes.main('seeds', arms='experiment', out=tmp_path, seeds='5', data=options['data'], bs=6, epochs=2)
     r = json.loads(folder.with_suffix('.json').read_text())
     for k in ('lr_min', 'lr_max', 'train_accuracy', 'test_accuracy', 'test_loss'): assert r[k] == alone[k], k
     assert 0 <= r['test_accuracy_flip'] <= 1
     assert (folder/'report.md').exists()
 
 
-def test_an_arm_of_the_experiment_has_its_options(tmp_path):
+def test_an_arm_of_the_experiment_has_its_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fastai, 'save_figure', lambda *_: None)
     options = dict(data=make_folder(tmp_path/'d', train=20), bs=6, epochs=1, seed=5)
     r = recipes.experiment(**options, folder=tmp_path/'run', arm=dict(times=1/4, ema=0.5, wd=0.3))
     lr_min, lr_max = find_lrs(get_learner(get_dls(options['data'], bs=6), seed=5, path=tmp_path))
