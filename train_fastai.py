@@ -37,17 +37,37 @@ from run import Run, save_csv, save_figure, save_state, write_whole
 PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
 
 
-def other_than_default(options: dict) -> dict:
-    """Those of `options` that differ from their defaults."""
-    return {k: v for k, v in options.items() if v != inspect.signature(main).parameters[k].default}
+def experiment(run: Run):
+    """The whole of it: images → learner → learning rates → one cycle → results, all of them in the run's folder."""
+    o = run.options
+    print('Reading the images …', flush=True)
+    dls = get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1)
+    out = run.claim(fingerprint(dls))
+    learn = get_learner(dls, run.precision, o.seed, out, o.ema, o.wd, o.label_smoothing)
+    parameters = sum(p.numel() for p in learn.model.parameters())
+    print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
+          f'{parameters:,} parameters, {run.precision} on {device_name(dls.device)}', flush=True)
+    save_figure(out/'augmented.png', figures.augmented, dls)
 
+    if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
+    else:
+        print('Finding the learning rates …', flush=True)
+        lr_min, lr_max = find_lrs(learn)
+        curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
+        save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
+        save_figure(out/'lr_find.png', figures.lr_finder, *curve, lr_min, lr_max)
+    print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-def command_line(options: dict) -> str:
-    """The command that starts a run with `options`, in a new folder."""
-    command = ['python', 'train_fastai.py']
-    for k, v in other_than_default(options | dict(out=None)).items():
-        command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
-    return shlex.join(command)
+    div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the start's divisor
+    found = dict(parameters=parameters, lr_min=lr_min, lr_max=lr_max, precision=run.precision)
+    try:
+        learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
+                            cbs=run.checkpoint(**found))
+    finally: draw_training(learn)
+    m = save_results(run, learn, **found)
+    print(f'{"taste" if o.taste else "run"} finished: training accuracy {m["train_accuracy"]:.2%}, '
+          f'test accuracy {m["test_accuracy"]:.2%}, first epoch over 90 %: {m["first_epoch_over_90"] or "none"}\n'
+          f'Everything is in {out}')
 
 
 def draw_training(learn: Learner):
@@ -90,6 +110,19 @@ def save_results(run: Run, learn: Learner, **found) -> dict:
     return metrics
 
 
+def other_than_default(options: dict) -> dict:
+    """Those of `options` that differ from their defaults."""
+    return {k: v for k, v in options.items() if v != inspect.signature(main).parameters[k].default}
+
+
+def command_line(options: dict) -> str:
+    """The command that starts a run with `options`, in a new folder."""
+    command = ['python', 'train_fastai.py']
+    for k, v in other_than_default(options | dict(out=None)).items():
+        command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
+    return shlex.join(command)
+
+
 @call_parse
 @one_line_errors('train_fastai.py')
 def main(
@@ -112,33 +145,4 @@ def main(
     options = dict(data=data and str(data), out=out and str(out), epochs=epochs, bs=bs, seed=seed, lr_min=lr_min,
                    lr_max=lr_max, final_div=final_div, wd=wd, label_smoothing=label_smoothing, ema=ema,
                    precision=precision, taste=taste)
-    with Run(options, {*other_than_default(options)}, resume) as run:
-        o, out = run.options, run.folder
-        print('Reading the images …', flush=True)
-        dls = get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1)
-        out = run.claim(fingerprint(dls))
-        learn = get_learner(dls, run.precision, o.seed, out, o.ema, o.wd, o.label_smoothing)
-        parameters = sum(p.numel() for p in learn.model.parameters())
-        print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
-              f'{parameters:,} parameters, {run.precision} on {device_name(dls.device)}', flush=True)
-        save_figure(out/'augmented.png', figures.augmented, dls)
-
-        if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
-        else:
-            print('Finding the learning rates …', flush=True)
-            lr_min, lr_max = find_lrs(learn)
-            curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
-            save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
-            save_figure(out/'lr_find.png', figures.lr_finder, *curve, lr_min, lr_max)
-        print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
-
-        div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the start's divisor
-        found = dict(parameters=parameters, lr_min=lr_min, lr_max=lr_max, precision=run.precision)
-        try:
-            learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
-                                cbs=run.checkpoint(**found))
-        finally: draw_training(learn)
-        m = save_results(run, learn, **found)
-    print(f'{"taste" if o.taste else "run"} finished: training accuracy {m["train_accuracy"]:.2%}, '
-          f'test accuracy {m["test_accuracy"]:.2%}, first epoch over 90 %: {m["first_epoch_over_90"] or "none"}\n'
-          f'Everything is in {out}')
+    with Run(options, {*other_than_default(options)}, resume) as run: experiment(run)
