@@ -7,7 +7,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 from fastai.vision.all import *
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_png
 from torchvision.transforms.v2 import functional as TF
 
@@ -103,6 +103,7 @@ def read_image(file: Path | str) -> Tensor:
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
             return image2tensor(image.convert('RGB'))
+    except UnidentifiedImageError as e: raise InputError(f'{file} cannot be read as an image') from e
     except Exception as e:  # Pillow's many kinds
         raise InputError(f'{file} cannot be read as an image ({getattr(e, "strerror", None) or one_line(e)})') from e
 

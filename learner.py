@@ -66,9 +66,10 @@ class RobustLearner(Learner):
         except BaseException:
             self.leave()
             raise
-        if at := self.stop_on_na_n.where:
-            peak = max(self.recorder.lrs, default=0)
-            raise RunError(f'the loss was not finite at {at}; lower --lr-max (the rate had reached {peak:.2e})')
+        for cb in self.cbs:
+            if isinstance(cb, StopOnNaN) and cb.where:
+                at, cb.where, peak = cb.where, None, max(self.recorder.lrs, default=0)
+                raise RunError(f'the loss was not finite at {at}; lower --lr-max (the rate had reached {peak:.2e})')
 
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -109,7 +110,8 @@ class RobustLearner(Learner):
 def best_precision(device: torch.device) -> str:
     """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
-    if device.type != 'cpu' or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # by ONEDNN_MAX_CPU_ISA
+    if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return 'fp32'
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # ONEDNN_MAX_CPU_ISA may forbid it
     has = torch.cpu.get_capabilities()
     return 'bf16' if has.get('amx_bf16') or has.get('avx512_bf16') else 'fp32'
 

@@ -17,10 +17,11 @@ from fastai.vision.all import (
 from torch.nn import functional as F
 
 import predict
-from callbacks import Checkpoint, load_state
 from data import get_dls
-from predict import load_run
-from train_fastai import find_lrs, get_learner, main
+from errors import RunError
+from learner import find_lrs, get_learner
+from run import Checkpoint, load_run, load_state
+from train_fastai import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU')
 
@@ -114,7 +115,7 @@ def test_predict_names_and_evaluates(run, path, capsys):
 
 
 def test_a_step_is_that_of_the_cpu_in_float32(path, tmp_path):
-    learn = get_learner(get_dls(path, bs=64), path=tmp_path)
+    learn = get_learner(get_dls(path, bs=64), path=tmp_path, width=64)
     x, y = (o.cpu().as_subclass(torch.Tensor) for o in learn.dls.valid.one_batch())
     model = type(learn.model)(n_out=3)
     model.load_state_dict(learn.model.state_dict())
@@ -145,7 +146,7 @@ def test_no_training_step_waits_for_the_gpu(path, tmp_path):
 def test_a_recorded_step_is_that_of_the_plain_network(path, tmp_path, precision):
     runs = []
     for recorded in (True, False):
-        learn = get_learner(get_dls(path, bs=16), precision, path=tmp_path)
+        learn = get_learner(get_dls(path, bs=16), precision, path=tmp_path, width=64)
         if not recorded: learn.remove_cb(learn.cuda_graph)
         learn.fit_one_cycle(2, 1e-3)
         assert 'forward' not in vars(learn.model)
@@ -162,8 +163,8 @@ def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
         def before_batch(self):
             if self.training and (self.epoch, self.iter) == (1, 7): self.learn.xb = (self.x * float('nan'),)
     learn = get_learner(get_dls(path, bs=16), path=tmp_path, ema=0)
-    learn.fit_one_cycle(3, 1e-3, cbs=Break())
-    assert learn.stop_on_na_n.where == 'batch 8 of 12 of epoch 2'
+    with pytest.raises(RunError, match='not finite at batch 8 of 12 of epoch 2'):
+        learn.fit_one_cycle(3, 1e-3, cbs=Break())
 
 
 def test_to_fp16_takes_the_place_of_our_precision(path, tmp_path):
