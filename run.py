@@ -233,10 +233,13 @@ class Run:
         if self.state: return self.folder
         wanted = self.folder
         for n in itertools.count(2):
-            try: self.folder.mkdir(parents=True, exist_ok=not self.default)
-            except FileExistsError: self.folder = wanted.with_name(f'{wanted.name}-{n}')  # of a run of the same second
-            except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-            else: break
+            try:
+                self.folder.mkdir(parents=True, exist_ok=not self.default)
+                break
+            except OSError as e:
+                if not (self.default and isinstance(e, FileExistsError)):
+                    raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
+                self.folder = wanted.with_name(f'{wanted.name}-{n}')  # another run began in the same second
         self.stack.enter_context(locked(self.folder))
         self.check_free()  # another run may have come first
         return self.folder
