@@ -25,8 +25,9 @@ from fastai.vision.all import *
 
 import figures
 from data import fingerprint, get_data, get_dls
+from distributed import RANK, by_first, by_machine, joined
 from errors import one_line_errors
-from learner import device_name, find_lrs, get_learner
+from learner import device_name, find_lrs, get_learner, shared_out
 from predict import class_scores, confusion_matrix, get_log_probs, misclassified, most_confused
 from report import run_report
 from run import Run, save_csv, save_figure, save_state, write_whole
@@ -45,6 +46,15 @@ def command_line(options: dict) -> str:
     for k, v in other_than_default(options | dict(out=None)).items():
         command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
     return shlex.join(command)
+
+
+def saved_lrs(learn: Learner, out: Path) -> tuple[float, float]:
+    """(LRMIN, LRMAX) by `find_lrs`, whose curve it leaves in the folder `out`. Raises `RunError`."""
+    lrs = find_lrs(learn)
+    curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
+    save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
+    save_figure(out/'lr_find.png', figures.lr_finder, *curve, *lrs)
+    return lrs
 
 
 def save_results(run: Run, learn: Learner, **found) -> dict:
@@ -101,10 +111,10 @@ def main(
     options = dict(data=data and str(data), out=out and str(out), epochs=epochs, bs=bs, seed=seed, lr_min=lr_min,
                    lr_max=lr_max, final_div=final_div, wd=wd, label_smoothing=label_smoothing, ema=ema,
                    precision=precision, taste=taste)
-    with Run(options, {*other_than_default(options)}, resume) as run:
+    with joined(), Run(options, {*other_than_default(options)}, resume) as run:
         o, out = run.options, run.folder
         print('Reading the images …', flush=True)
-        dls = get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1)
+        dls = by_machine(lambda: get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1))
         out = run.claim(fingerprint(dls))
         learn = get_learner(dls, run.precision, o.seed, out, o.ema, o.wd, o.label_smoothing)
         parameters = sum(p.numel() for p in learn.model.parameters())
@@ -115,20 +125,19 @@ def main(
         if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
         else:
             print('Finding the learning rates …', flush=True)
-            lr_min, lr_max = find_lrs(learn)
-            curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
-            save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
-            save_figure(out/'lr_find.png', figures.lr_finder, *curve, lr_min, lr_max)
+            lr_min, lr_max = by_first(saved_lrs, learn, out)
         print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
         div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the start's divisor
         found = dict(parameters=parameters, lr_min=lr_min, lr_max=lr_max, precision=run.precision)
         try:
-            learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
-                                cbs=run.checkpoint(**found))
+            with shared_out(learn):
+                learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
+                                    cbs=run.checkpoint(**found))
         finally:
             save_figure(out/'schedule.png', figures.schedule, learn.history.schedule, len(dls.train))
             save_figure(out/'history.png', figures.history, learn.history.rows)
+        if RANK: return
         m = save_results(run, learn, **found)
     print(f'{"taste" if o.taste else "run"} finished: training accuracy {m["train_accuracy"]:.2%}, '
           f'test accuracy {m["test_accuracy"]:.2%}, first epoch over 90 %: {m["first_epoch_over_90"] or "none"}\n'

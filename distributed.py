@@ -1,0 +1,77 @@
+"""One run in several processes, on one machine or more, as `accelerate launch` starts them: they agree on what they do.
+
+In a run of one process all of it does nothing, and neither torch nor accelerate is imported here.
+"""
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+LAUNCHED = {'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR'} <= os.environ.keys()
+RANKS = int(os.environ['WORLD_SIZE']) if LAUNCHED else 1  # processes of this run
+RANK = int(os.environ['RANK']) if LAUNCHED else 0  # this one; only the first, 0, prints, draws and writes
+PATIENCE = timedelta(minutes=30)  # with a process that is late: on a CPU the finder may take the first one as long
+
+
+@contextlib.contextmanager
+def joined():
+    """Joins the run's processes: within it they can reach each other, and only the first one prints."""
+    if RANKS == 1:
+        yield
+        return
+    import fastai.learner
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from fastai.torch_core import default_device
+    from torch import distributed as dist
+
+    if RANK: sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
+    if Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]).device.type == 'cpu': default_device(False)
+    fastai.learner.distrib_barrier = lambda: None  # lr_find runs in the first process alone, and would wait at it
+    yield
+    dist.destroy_process_group()  # not after an error: the others may not come
+
+
+def gathered(x: Any) -> list:
+    """The `x` of every process, in their order."""
+    if RANKS == 1: return [x]
+    from torch import distributed as dist
+    xs = [None] * RANKS
+    dist.all_gather_object(xs, x)
+    return xs
+
+
+def everywhere(f: Callable, *args, here: bool = True) -> Any:
+    """`f(*args)` in every process where `here`, else None. What it raises in one of them is raised in all."""
+    if RANKS == 1: return f(*args)
+    result = error = None
+    try: result = f(*args) if here else None
+    except Exception as e: error = e
+    for e in filter(None, gathered(error)):
+        e.shared = True  # one process tells of it
+        raise e
+    return result
+
+
+def by_machine(f: Callable, *args) -> Any:
+    """`f(*args)` in the first process of every machine, then in the others: two should not download the same file."""
+    if RANKS == 1: return f(*args)
+    first = os.environ['LOCAL_RANK'] == '0'
+    results = [everywhere(f, *args, here=first), everywhere(f, *args, here=not first)]
+    return results[0 if first else 1]
+
+
+def by_first(f: Callable, *args) -> Any:
+    """What `f(*args)` returns in the first process, for all of them. What it raises there is raised in all."""
+    if RANKS == 1: return f(*args)
+    from torch import distributed as dist
+    result = [everywhere(f, *args, here=RANK == 0)]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def lost(e: Exception) -> bool:
+    """Does `e` tell that another process cannot be reached any more?"""
+    said = str(e)
+    return RANKS > 1 and (type(e).__name__.startswith('Dist') or any(o in said for o in ('gloo', 'Gloo', 'NCCL')))
