@@ -199,7 +199,7 @@ class BatchDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         for idxs in self.chunkify(samps):
-            idxs = torch.tensor(idxs[self.share]).to(images.device, non_blocking=True)  # nothing in a step waits for the GPU
+            idxs = torch.tensor(idxs[self.share]).to(images.device, non_blocking=True)  # no step waits for the GPU
             yield self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
 
 

@@ -21,14 +21,15 @@ def joined():
     if RANKS == 1:
         yield
         return
-    import fastai.learner
     from accelerate import Accelerator, InitProcessGroupKwargs
     from fastai.torch_core import default_device
     from torch import distributed as dist
 
     if RANK: sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
-    if Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]).device.type == 'cpu': default_device(False)
-    fastai.learner.distrib_barrier = lambda: None  # lr_find runs in the first process alone, and would wait at it
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=default_device().type == 'cpu', kwargs_handlers=[patience])
+    if accelerator.device.type == 'cpu': default_device(False)  # by a setting of accelerate's, perhaps
+    del os.environ['WORLD_SIZE']  # where the first process works alone, fastai would wait for the others
     yield
     dist.destroy_process_group()  # not after an error: the others may not come
 

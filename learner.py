@@ -195,12 +195,16 @@ def shared_out(learn: Learner):
         yield
         return
     import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
-    with learn.distrib_ctx(sync_bn=learn.dls.device.type == 'cuda'), learn.added_cbs(MeanOfRanks()):
-        # fastai's loader would broadcast the order, by a GPU; ours follows from the seed, and keeps the batches.
-        learn.distributed_trainer._wrap_dl = noop
-        learn.dls.train.share = slice(RANK, None, RANKS)
-        try: yield
-        finally: learn.model, learn.dls.train.share = get_model(learn.model), slice(None)
+    os.environ['WORLD_SIZE'] = str(RANKS)  # where fastai looks for it
+    try:
+        with learn.distrib_ctx(sync_bn=learn.dls.device.type == 'cuda'), learn.added_cbs(MeanOfRanks()):
+            # fastai's loader would broadcast the order, by a GPU; ours follows from the seed, and keeps the batches.
+            learn.distributed_trainer._wrap_dl = noop
+            learn.dls.train.share = slice(RANK, None, RANKS)
+            yield
+    finally:
+        del os.environ['WORLD_SIZE']
+        learn.model, learn.dls.train.share = get_model(learn.model), slice(None)
 
 
 def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float, float]]:
