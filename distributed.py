@@ -4,7 +4,9 @@ In a run of one process all of it does nothing, and neither torch nor accelerate
 """
 import contextlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 LAUNCHED = {'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR'} <= os.environ.keys()
 RANKS = int(os.environ['WORLD_SIZE']) if LAUNCHED else 1  # processes of this run
 RANK = int(os.environ['RANK']) if LAUNCHED else 0  # this one; only the first, 0, prints, draws and writes
+COMMAND = f'accelerate launch --multi_gpu --num_processes {RANKS}' if LAUNCHED else 'python'  # what started the run
 PATIENCE = timedelta(minutes=30)  # with a process that is late: on a CPU the finder may take the first one as long
 
 
@@ -70,6 +73,17 @@ def by_first(f: Callable, *args) -> Any:
     result = [everywhere(f, *args, here=RANK == 0)]
     dist.broadcast_object_list(result)
     return result[0]
+
+
+def leave_the_word(silent: bool):
+    """Before this process ends with an error: the first one, which tells of it, is not cut short by the launcher.
+
+    It ends all processes once the first of them has ended. So one that is `silent` waits to be ended, half a minute at
+    most, and another no longer listens.
+    """
+    if RANKS == 1: return
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL if silent else signal.SIG_IGN)
+    if silent: time.sleep(30)
 
 
 def lost(e: Exception) -> bool:

@@ -10,7 +10,7 @@ import warnings
 
 from fastcore.script import is_cli
 
-from distributed import RANK, lost
+from distributed import RANK, leave_the_word, lost
 
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of images that can be read all the same
@@ -80,5 +80,6 @@ def one_line_errors(program: str):
         if not message: raise
         message, code, silent = f'error: {message}', 1, silent and (lost(e) or hasattr(e, 'shared'))
     else: return
+    leave_the_word(silent and code < 128)
     if not silent: print(f'{program}: {message}', file=sys.stderr)
     sys.exit(code)

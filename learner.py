@@ -23,7 +23,7 @@ from callbacks import (
     WeightAverage,
 )
 from data import SHOW_PROGRESS
-from distributed import RANK, RANKS
+from distributed import RANK, RANKS, leave_the_word, lost
 from errors import InputError, RunError, one_line
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
@@ -202,6 +202,9 @@ def shared_out(learn: Learner):
             learn.distributed_trainer._wrap_dl = noop
             learn.dls.train.share = slice(RANK, None, RANKS)
             yield
+    except RuntimeError as e:
+        if lost(e) and not RANK: leave_the_word(silent=False)
+        raise
     finally:
         del os.environ['WORLD_SIZE']
         learn.model, learn.dls.train.share = get_model(learn.model), slice(None)

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 
 from callbacks import History
 from data import fingerprint, get_dls, get_empty_dls
-from distributed import RANK, RANKS, by_first, gathered, lost
+from distributed import COMMAND, RANK, RANKS, by_first, gathered, lost
 from errors import InputError, RunError, one_line
 from learner import checked_precision, get_learner
 
@@ -213,7 +213,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        return f'resume it with: python train_fastai.py --resume {shlex.quote(str(self.folder))}'
+        return f'resume it with: {COMMAND} train_fastai.py --resume {shlex.quote(str(self.folder))}'
 
     def load(self, options: dict) -> dict:
         """The run's checkpoint. Raises `InputError`."""

@@ -25,7 +25,7 @@ from fastai.vision.all import *
 
 import figures
 from data import fingerprint, get_data, get_dls
-from distributed import RANK, by_first, by_machine, joined
+from distributed import COMMAND, RANK, by_first, by_machine, joined
 from errors import one_line_errors
 from learner import device_name, find_lrs, get_learner, shared_out
 from predict import class_scores, confusion_matrix, get_log_probs, misclassified, most_confused
@@ -42,7 +42,7 @@ def other_than_default(options: dict) -> dict:
 
 def command_line(options: dict) -> str:
     """The command that starts a run with `options`, in a new folder."""
-    command = ['python', 'train_fastai.py']
+    command = [*COMMAND.split(), 'train_fastai.py']
     for k, v in other_than_default(options | dict(out=None)).items():
         command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
     return shlex.join(command)

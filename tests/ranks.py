@@ -54,5 +54,6 @@ if os.environ.get('GHOSTS'): arch.nn.BatchNorm2d = GhostBatchNorm2d
 
 if __name__ == '__main__':
     runpy.run_path(str(narrow.ROOT/'train_fastai.py'), run_name='__main__')
-    torch.save(dict(weights=learners[0].model.state_dict(), schedule=learners[0].history.schedule, seen=seen, draws=draws),
+    learn = learners[0]
+    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws),
                Path(os.environ['WATCH'])/f'{os.environ.get("RANK", 0)}.pth')
