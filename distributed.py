@@ -14,7 +14,7 @@ from typing import Any
 LAUNCHED = {'WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR'} <= os.environ.keys()
 RANKS = int(os.environ['WORLD_SIZE']) if LAUNCHED else 1  # processes of this run
 RANK = int(os.environ['RANK']) if LAUNCHED else 0  # this one; only the first, 0, prints, draws and writes
-COMMAND = f'accelerate launch --multi_gpu --num_processes {RANKS}' if LAUNCHED else 'python'  # what started the run
+COMMAND = f'accelerate launch --multi_gpu --num_processes {RANKS}' if RANKS > 1 else 'python'  # what started the run
 PATIENCE = timedelta(minutes=30)  # with a process that is late: on a CPU the finder may take the first one as long
 
 
@@ -26,11 +26,12 @@ def joined():
         return
     from accelerate import Accelerator, InitProcessGroupKwargs
     from fastai.torch_core import default_device
+    from torch import cuda
     from torch import distributed as dist
 
     if RANK: sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(cpu=default_device().type == 'cpu', kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=not cuda.is_available(), kwargs_handlers=[patience])
     if accelerator.device.type == 'cpu': default_device(False)  # by a setting of accelerate's, perhaps
     del os.environ['WORLD_SIZE']  # where the first process works alone, fastai would wait for the others
     yield

@@ -76,7 +76,7 @@ def one_line_errors(program: str):
     except (RunError, OSError) as e: message, code = f'error: {e}', 1
     except KeyboardInterrupt as e: message, code = '; '.join(['interrupted', *map(str, e.args[1:])]), (*e.args, 130)[0]
     except RuntimeError as e:
-        message = "the run's processes cannot reach each other" if lost(e) else device_trouble(e)
+        message = f"the run's processes cannot work together: {one_line(e)[:200]}" if lost(e) else device_trouble(e)
         if not message: raise
         message, code, silent = f'error: {message}', 1, silent and (lost(e) or hasattr(e, 'shared'))
     else: return

@@ -6,6 +6,7 @@ takes every second image of a batch for a batch of its own. With DIES set, the s
 import os
 import runpy
 import signal
+import sys
 from pathlib import Path
 
 import narrow  # noqa: F401, the narrow network
@@ -55,5 +56,6 @@ if os.environ.get('GHOSTS'): arch.nn.BatchNorm2d = GhostBatchNorm2d
 if __name__ == '__main__':
     runpy.run_path(str(narrow.ROOT/'train_fastai.py'), run_name='__main__')
     learn = learners[0]
-    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws),
+    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws,
+                    accelerate='accelerate' in sys.modules),
                Path(os.environ['WATCH'])/f'{os.environ.get("RANK", 0)}.pth')

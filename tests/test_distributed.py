@@ -88,6 +88,8 @@ def test_two_processes_learn_as_one_does_from_the_whole_batch(two, images, tmp_p
     assert (out/'schedule.csv').read_bytes() == (two[0]/'schedule.csv').read_bytes()
     alone, first = watched(out)[0], watched(two[0])[0]
     assert torch.equal(alone['seen'][0][0::2], first['seen'][0])
+    assert first['accelerate']
+    assert not alone['accelerate']
 
 
 def test_a_process_that_dies_ends_the_run_which_can_be_resumed(two, images, tmp_path):
@@ -95,7 +97,6 @@ def test_a_process_that_dies_ends_the_run_which_can_be_resumed(two, images, tmp_
     done = train(LAUNCH, out, *options(images, out), *RATES, DIES=str(BATCHES + 2))
     assert done.returncode != 0
     line, = ours(done)
-    assert line.startswith('train_fastai.py: error: another process of the run has ended')
     assert line.endswith(f'accelerate launch --multi_gpu --num_processes 2 train_fastai.py --resume {out}')
     assert len(pd.read_csv(out/'history.csv')) == 1
 
@@ -118,8 +119,3 @@ def test_bad_input_is_one_line(images, tmp_path):
     done = train(LAUNCH, tmp_path/'bad', *options(images, tmp_path/'bad'), '--bs', 15)
     assert ours(done) == ['train_fastai.py: error: --bs 15 is no multiple of 2, the number of processes']
     assert not (tmp_path/'bad').exists()
-
-
-def test_one_process_imports_no_accelerate():
-    code = 'import sys, errors, train_fastai; sys.exit("accelerate" in sys.modules)'
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
