@@ -3,6 +3,8 @@ import warnings
 
 from fastai.vision.all import *
 
+from distributed import RANK, RANKS
+
 
 def is_training_run(learn: Learner) -> bool:
     """Is this `fit` training proper? `lr_find` and `get_preds` fire `before_fit` too."""
@@ -21,7 +23,8 @@ class TrainingCallback(Callback):
 class SeedEpochs(Callback):
     """All randomness of an epoch, shuffling and augmentation, follows from `seed` and the epoch's number alone.
 
-    Epochs are numbered on through several fits of a learner.
+    Epochs are numbered on through several fits of a learner. Several processes shuffle alike, but each draws its own
+    augmentations.
     """
     order = -20  # before anything draws
 
@@ -30,8 +33,10 @@ class SeedEpochs(Callback):
     def before_fit(self): self.earlier = self.done
 
     def before_train(self):
-        set_seed(random.Random(f'{self.seed} {self.earlier + self.epoch}').getrandbits(32))
+        of_epoch = f'{self.seed} {self.earlier + self.epoch}'
+        set_seed(random.Random(of_epoch).getrandbits(32))
         self.dls.train.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
+        if RANK: torch.manual_seed(random.Random(f'{of_epoch} {RANK}').getrandbits(32))
 
     def after_train(self):
         if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
@@ -62,6 +67,22 @@ class SmoothLoss(AvgSmoothLoss):
         loss = learn.loss.detach().mean()
         self.count += 1
         self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
+
+
+class MeanOfRanks(Callback):
+    """Makes loss and training metrics those of all processes, the same in each; they all stop at a NaN of one."""
+    order = Recorder.order - 2  # before anybody looks
+
+    def after_loss(self): self.learn.loss = self.mean(self.loss)
+
+    def after_train(self):
+        for m in self.metrics: m.total = self.mean(m.total)  # of as many images in each
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the processes of their `x`, of any shape."""
+        x = x.detach().as_subclass(Tensor).clone()
+        torch.distributed.all_reduce(x)
+        return x / RANKS
 
 
 class History(TrainingCallback):
@@ -221,7 +242,7 @@ class WeightAverage(TrainingCallback):
 
     def __init__(self, decay: float): self.decay = decay
 
-    def before_fit(self): self.average, self.swapped = MovingAverage(self.model, self.decay), False
+    def before_fit(self): self.average, self.swapped = MovingAverage(get_model(self.model), self.decay), False
 
     def after_step(self): self.average.update()
 

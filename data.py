@@ -192,6 +192,7 @@ class BatchDL(TfmdDL):
     The images belong on the data set: `new()`, and with it every `test_dl`, `predict` and export, drops a loader's own
     attributes. The item transforms are the same `after_item` pipeline, called once a batch.
     """
+    share = slice(None)  # of every batch: what this process makes of it, where several share it out
 
     def create_batches(self, samps):
         images, labels = getattr(self.dataset, 'images', None), getattr(self.dataset, 'labels', None)
@@ -199,7 +200,7 @@ class BatchDL(TfmdDL):
             yield from super().create_batches(samps)
             return
         for idxs in self.chunkify(samps):
-            idxs = torch.tensor(idxs).to(images.device, non_blocking=True)  # nothing in a step waits for the GPU
+            idxs = torch.tensor(idxs[self.share]).to(images.device, non_blocking=True)  # no step waits for the GPU
             yield self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
 
 

@@ -10,6 +10,8 @@ import warnings
 
 from fastcore.script import is_cli
 
+from distributed import RANK, leave_the_word, lost
+
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)
 warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # figures.py says so in one line
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of images that can be read all the same
@@ -60,8 +62,10 @@ def terminate(*_):
 def one_line_errors(program: str):
     """Ends `program` with one line on stderr: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
 
-    Where nobody reads its output any more, as behind `| head`, it ends in silence with 141, as other programs do.
+    Where nobody reads its output any more, as behind `| head`, it ends in silence with 141, as other programs do. Of
+    several processes only the first one speaks, but for what it cannot know.
     """
+    silent = RANK > 0
     try:
         if is_cli():
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -73,8 +77,10 @@ def one_line_errors(program: str):
     except (RunError, OSError) as e: message, code = f'error: {e}', 1
     except KeyboardInterrupt as e: message, code = '; '.join(['interrupted', *map(str, e.args[1:])]), (*e.args, 130)[0]
     except RuntimeError as e:
-        if not (message := device_trouble(e)): raise
-        message, code = f'error: {message}', 1
+        message = f"the run's processes cannot work together: {one_line(e)[:200]}" if lost(e) else device_trouble(e)
+        if not message: raise
+        message, code, silent = f'error: {message}', 1, silent and (lost(e) or hasattr(e, 'shared'))
     else: return
-    print(f'{program}: {message}', file=sys.stderr)
+    leave_the_word(silent and code < 128)
+    if not silent: print(f'{program}: {message}', file=sys.stderr)
     sys.exit(code)

@@ -14,6 +14,7 @@ from callbacks import (
     History,
     Mean,
     MeanLoss,
+    MeanOfRanks,
     PlainLog,
     Precision,
     SeedEpochs,
@@ -22,6 +23,7 @@ from callbacks import (
     WeightAverage,
 )
 from data import SHOW_PROGRESS
+from distributed import RANK, RANKS, leave_the_word, lost
 from errors import InputError, RunError, one_line
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
@@ -126,9 +128,10 @@ def checked_precision(precision: str, device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """The processor in words."""
-    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    several = f'{RANKS} × ' if RANKS > 1 else ''
+    if device.type == 'cuda': return several + torch.cuda.get_device_name(device)
     name = torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
-    return f'{device.type}, {name}, {torch.get_num_threads()} threads'
+    return f'{several}{device.type}, {name}, {torch.get_num_threads()} threads'
 
 
 def keep_freed_memory():
@@ -171,7 +174,7 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
                 if isinstance(conv, nn.Conv2d): conv.__class__ = SideBySideConv2d
     cbs = [SeedEpochs(seed), History(), StopOnNaN()]
     if precision != 'fp32': cbs.append(Precision(precision))
-    if device.type == 'cuda': cbs.append(CUDAGraph())
+    if device.type == 'cuda' and RANKS == 1: cbs.append(CUDAGraph())  # the processes' exchange cannot be recorded
     if ema: cbs.append(WeightAverage(ema))
     learn = RobustLearner(
         dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=Mean(accuracy), cbs=cbs, path=path,
@@ -181,6 +184,32 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
     recorder.train_metrics, recorder.loss, recorder.smooth_loss = True, MeanLoss(), SmoothLoss()
     if not SHOW_PROGRESS: learn.remove_cb(ProgressCallback).add_cb(PlainLog())
     return learn
+
+
+@contextlib.contextmanager
+def shared_out(learn: Learner):
+    """Within it all processes of a run (see distributed.py) train `learn` together, each on its part of every batch.
+
+    The batch stays that of one process, on GPUs also for batch norm. On CPUs, for which torch has no such batch norm,
+    each normalises its part by itself, and the statistics kept are the first one's. Every process tests on all images.
+    """
+    if RANKS == 1:
+        yield
+        return
+    import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
+    os.environ['WORLD_SIZE'] = str(RANKS)  # where fastai looks for it
+    try:
+        with learn.distrib_ctx(sync_bn=learn.dls.device.type == 'cuda'), learn.added_cbs(MeanOfRanks()):
+            # fastai's loader would broadcast the order, by a GPU; ours follows from the seed, and keeps the batches.
+            learn.distributed_trainer._wrap_dl = noop
+            learn.dls.train.share = slice(RANK, None, RANKS)
+            yield
+    except RuntimeError as e:
+        if lost(e) and not RANK: leave_the_word(silent=False)
+        raise
+    finally:
+        del os.environ['WORLD_SIZE']
+        learn.model, learn.dls.train.share = get_model(learn.model), slice(None)
 
 
 def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float, float]]:

@@ -12,6 +12,7 @@ from fastai.vision.all import *
 
 from callbacks import History
 from data import fingerprint, get_dls, get_empty_dls
+from distributed import COMMAND, RANK, RANKS, by_first, gathered, lost
 from errors import InputError, RunError, one_line
 from learner import checked_precision, get_learner
 
@@ -49,6 +50,7 @@ def save_csv(file: Path, rows: list[dict], columns: list[str] | None = None):
 
 def save_figure(file: Path, draw: Callable, *args):
     """Writes the figure that `draw(*args)` makes, 120 dots per inch; if that fails, a line on stderr says so."""
+    if RANK: return
     with optional(file):
         try: draw(*args).savefig(content := io.BytesIO(), dpi=120)
         finally: plt.close('all')
@@ -105,9 +107,10 @@ class Checkpoint(Callback):
     def after_epoch(self): self.save(self.epoch + 1)
 
     def save(self, epochs_done: int):
+        if RANK: return
         h, smooth = self.history, self.recorder.smooth_loss
         save_state(self.path/self.file, dict(
-            self.header, epochs_done=epochs_done, model=self.model.state_dict(),
+            self.header, epochs_done=epochs_done, model=get_model(self.model).state_dict(),
             opt=self.opt.state_dict()['state'],  # its LR and momentum are the schedule's to set
             scaler=self.scaler.state_dict() if hasattr(self.learn, 'precision') else {},
             average=self.weight_average.average.state_dict() if hasattr(self.learn, 'weight_average') else {},
@@ -119,7 +122,7 @@ class Checkpoint(Callback):
 
     def restore(self, s: dict):
         self.learn.first_epoch = s['epochs_done']
-        self.model.load_state_dict(s['model'])
+        get_model(self.model).load_state_dict(s['model'])
         self.opt.load_state_dict(dict(self.opt.state_dict(), state=s['opt']))
         if s['scaler']: self.scaler.load_state_dict(s['scaler'])
         if s['average']:
@@ -184,22 +187,25 @@ class Run:
             if options['taste']: options = tasted(options)
             self.default = options['out'] is None
             self.folder = Path(options['out'] or time.strftime('runs/%Y-%m-%d-%H%M%S'))
-            self.check_free()
+            by_first(self.check_free)
         else:
             if more := given - {'data'}:
                 raise InputError(f'--{min(more).replace("_", "-")}: --resume takes --data and no other option')
             self.folder = Path(resume)
-            self.stack.enter_context(locked(self.folder))  # first, else the checkpoint could soon be an old one
-            try: self.state = self.load(options)
+            by_first(self.lock)  # first, else the checkpoint could soon be an old one
+            try: self.state = by_first(self.load, options)
             except InputError:
                 self.stack.close()
                 raise
             options = self.state['options'] | (dict(data=options['data']) if options['data'] else {})
             self.start -= self.state['seconds_total']
         self.options = o = SimpleNamespace(**options)
+        if o.bs % RANKS: raise InputError(f'--bs {o.bs} is no multiple of {RANKS}, the number of processes')
         s = self.state or {}
         self.precision = s.get('precision') or checked_precision(o.precision, default_device())
         self.lrs = (s['lr_min'], s['lr_max']) if s else (o.lr_min, o.lr_max) if o.lr_min else None
+
+    def lock(self): self.stack.enter_context(locked(self.folder))
 
     def check_free(self):
         """Raises `InputError` if the folder is no place for a new run."""
@@ -210,7 +216,7 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        return f'resume it with: python train_fastai.py --resume {shlex.quote(str(self.folder))}'
+        return f'resume it with: {COMMAND} train_fastai.py --resume {shlex.quote(str(self.folder))}'
 
     def load(self, options: dict) -> dict:
         """The run's checkpoint. Raises `InputError`."""
@@ -226,11 +232,16 @@ class Run:
 
     def claim(self, fingerprint: str) -> Path:
         """Takes the folder for a run on the images of this `fingerprint`, and returns it. Raises `InputError`."""
+        if len({*gathered(fingerprint)}) > 1: raise InputError('the data folders of the machines hold different images')
         if self.state and self.state['fingerprint'] != fingerprint:
             raise InputError(f'the images are not those that the run in {self.folder} was trained on')
         self.fingerprint, o = fingerprint, self.options
         if o.data: o.data = str(Path(o.data).absolute())  # a run can be resumed from anywhere
-        if self.state: return self.folder
+        if not self.state: self.folder = by_first(self.made_folder)
+        return self.folder
+
+    def made_folder(self) -> Path:
+        """The run's folder, made and locked. Raises `InputError`."""
         wanted = self.folder
         for n in itertools.count(2):
             try:
@@ -240,7 +251,7 @@ class Run:
                 if not (self.default and isinstance(e, FileExistsError)):
                     raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
                 self.folder = wanted.with_name(f'{wanted.name}-{n}')  # another run began in the same second
-        self.stack.enter_context(locked(self.folder))
+        self.lock()
         self.check_free()  # another run may have come first
         return self.folder
 
@@ -257,9 +268,11 @@ class Run:
 
     def __exit__(self, kind, e: BaseException | None, traceback):
         self.stack.close()
-        if not isinstance(e, KeyboardInterrupt | OSError): return
+        gone = isinstance(e, RuntimeError) and lost(e)
+        if not (gone or isinstance(e, KeyboardInterrupt | OSError)): return
         again = self.resume_command if os.path.exists(self.folder/Checkpoint.file) else 'nothing was trained yet'
         if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, again) from e
+        if gone: raise RunError(f'another process of the run has ended, or cannot be reached; {again}') from e
         if isinstance(e, BrokenPipeError): raise RunError(f'nobody reads the output any more; {again}') from e
         culprit = f'{e.filename}: {e.strerror}' if e.filename else one_line(e)
         raise RunError(f'{culprit}; once that is mended, {again}') from e

@@ -28,8 +28,9 @@ from fastai.vision.all import *
 
 import figures
 from data import fingerprint, get_data, get_dls
+from distributed import COMMAND, RANK, by_first, by_machine, joined
 from errors import one_line_errors
-from learner import device_name, find_lrs, get_learner
+from learner import device_name, find_lrs, get_learner, shared_out
 from predict import class_scores, confusion_matrix, get_log_probs, misclassified, most_confused
 from report import run_report
 from run import Run, save_csv, save_figure, save_state, write_whole
@@ -41,7 +42,7 @@ def experiment(run: Run):
     """The whole of it: images → learner → learning rates → one cycle → results, all of them in the run's folder."""
     o = run.options
     print('Reading the images …', flush=True)
-    dls = get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1)
+    dls = by_machine(lambda: get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1))
     out = run.claim(fingerprint(dls))
     learn = get_learner(dls, run.precision, o.seed, out, o.ema, o.wd, o.label_smoothing)
     parameters = sum(p.numel() for p in learn.model.parameters())
@@ -52,18 +53,17 @@ def experiment(run: Run):
     if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
     else:
         print('Finding the learning rates …', flush=True)
-        lr_min, lr_max = find_lrs(learn)
-        curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
-        save_csv(out/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
-        save_figure(out/'lr_find.png', figures.lr_finder, *curve, lr_min, lr_max)
+        lr_min, lr_max = by_first(saved_lrs, learn)
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
     div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the start's divisor
     found = dict(parameters=parameters, lr_min=lr_min, lr_max=lr_max, precision=run.precision)
     try:
-        learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
-                            cbs=run.checkpoint(**found))
+        with shared_out(learn):
+            learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
+                                cbs=run.checkpoint(**found))
     finally: draw_training(learn)
+    if RANK: return
     m = save_results(run, learn, **found)
     print(f'{"taste" if o.taste else "run"} finished: training accuracy {m["train_accuracy"]:.2%}, '
           f'test accuracy {m["test_accuracy"]:.2%}, first epoch over 90 %: {m["first_epoch_over_90"] or "none"}\n'
@@ -76,6 +76,15 @@ def draw_training(learn: Learner):
     with contextlib.redirect_stderr(silent):
         if h.schedule: save_figure(learn.path/'schedule.png', figures.schedule, h.schedule, len(learn.dls.train))
         if h.rows: save_figure(learn.path/'history.png', figures.history, h.rows, learn.loss_func.label_smoothing)
+
+
+def saved_lrs(learn: Learner) -> tuple[float, float]:
+    """(LRMIN, LRMAX) by `find_lrs`, whose curve is left in the run's folder. Raises `RunError`."""
+    lrs = find_lrs(learn)
+    curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
+    save_csv(learn.path/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
+    save_figure(learn.path/'lr_find.png', figures.lr_finder, *curve, *lrs)
+    return lrs
 
 
 def save_results(run: Run, learn: Learner, **found) -> dict:
@@ -117,7 +126,7 @@ def other_than_default(options: dict) -> dict:
 
 def command_line(options: dict) -> str:
     """The command that starts a run with `options`, in a new folder."""
-    command = ['python', 'train_fastai.py']
+    command = [*COMMAND.split(), 'train_fastai.py']
     for k, v in other_than_default(options | dict(out=None)).items():
         command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
     return shlex.join(command)
@@ -145,4 +154,4 @@ def main(
     options = dict(data=data and str(data), out=out and str(out), epochs=epochs, bs=bs, seed=seed, lr_min=lr_min,
                    lr_max=lr_max, final_div=final_div, wd=wd, label_smoothing=label_smoothing, ema=ema,
                    precision=precision, taste=taste)
-    with Run(options, {*other_than_default(options)}, resume) as run: experiment(run)
+    with joined(), Run(options, {*other_than_default(options)}, resume) as run: experiment(run)
