@@ -169,6 +169,8 @@ def main(
 ):
     "Measure the parts of a run side by side, print tables of ratios and write them as JSON."
     device, tables = default_device(), {}
+    note = dict(device=device_name(device), torch=torch.__version__, batch_size=bs, images=images, rounds=rounds)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         path = get_data(data)
         classes = len((path/'train').ls())
@@ -177,7 +179,5 @@ def main(
             table = tables[name] = TABLES[name](path, bs, rounds, device)
             print(f'\n{TABLES[name].__doc__}\n\n| {name} | ratio |\n|---|--:|', flush=True)
             for row, o in table.items(): print(f'| {row} | {o["ratio"]:.3g} |')
-    note = dict(device=device_name(device), torch=torch.__version__, batch_size=bs, images=images, rounds=rounds)
+            Path(out).write_text(json.dumps(note | tables, indent=2) + '\n')
     print(f'\n{note}')
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(note | tables, indent=2) + '\n')

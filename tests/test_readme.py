@@ -76,14 +76,15 @@ def test_every_command_runs(folder, tmp_path, monkeypatch, capsys):
     lines = [line for block in parts[1::2] for line in block.splitlines()]
     lines += re.findall(r'`([^`]+)`', ''.join(parts[::2]))
     shown = [command.strip() for line in lines for command in line.split('&&')]
-    commands = [c for c in shown if c.startswith(('python ', 'pip ', 'conda '))]
+    commands = [c for c in shown if c.startswith(('python ', 'pip ', 'conda ', 'accelerate '))]
     added = {
         'python train_fastai.py --taste': f'--data {folder} --bs 2 --lr-min 1e-4 --lr-max 1e-3',
         'python train_fastai.py --resume runs/X': '', 'python predict.py runs/X cat.png dog.jpg': '',
         'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X ~/.fastai/data/cifar10/test': ''}
     elsewhere = {
         'python train_fastai.py', 'python -m pytest', 'pip install -r requirements.txt',  # .ci/run
-        'pip install fastai==2.8.12',
+        'pip install fastai==2.8.12 accelerate',
+        'accelerate launch --multi_gpu --num_processes 2 train_fastai.py',  # test_distributed.py
         'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
     assert set(commands) == set(added) | elsewhere
     for file in ROOT.glob('*.py'): (tmp_path/file.name).symlink_to(file)
