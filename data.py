@@ -75,7 +75,7 @@ def image_files(path: str | Path) -> L:
     if len(classes['train']) < 2: raise InputError(f'{path/"train"} has fewer than two class folders')
     if stray := first(f for f in files if f.parent.parent.parent != path):
         raise InputError(f'{stray} is not where an image belongs: {stray.parents[1]/"<class>"/"<image>"}' if
-                        stray.parent.parent == path else f'{stray} lies too deep: images belong into <split>/<class>')
+                        stray.parent.parent == path else f'{stray} lies too deep: images belong in <split>/<class>')
     for split in ('train', 'test'):
         for c in sorted(classes[split]):
             check_access(path/split/c)

@@ -63,7 +63,7 @@ def one_line_errors(program: str):
     """Ends `program` with one line on stderr: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
 
     Where nobody reads its output any more, as behind `| head`, it ends in silence with 141, as other programs do. Of
-    several processes only the first one speaks, but for what it cannot know.
+    several processes only the first one prints errors, except those it cannot know of.
     """
     silent = RANK > 0
     try:

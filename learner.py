@@ -68,6 +68,7 @@ class RobustLearner(Learner):
         except BaseException:
             self.leave()
             raise
+        finally: self.first_epoch = 0
         for cb in self.cbs:
             if isinstance(cb, StopOnNaN) and cb.where:
                 at, cb.where, peak = cb.where, None, max(self.recorder.lrs, default=0)
@@ -135,7 +136,7 @@ def device_name(device: torch.device) -> str:
 
 
 def keep_freed_memory():
-    """Lets the process keep what tensors free: returning it and asking again costs a CPU a fifth of the step."""
+    """Lets the process keep what tensors free: returning it and asking again costs a CPU an eighth of a step."""
     if sys.platform != 'linux': return
     with contextlib.suppress(AttributeError):  # glibc only
         mallopt = ctypes.CDLL(None).mallopt
@@ -213,9 +214,9 @@ def shared_out(learn: Learner):
 
 
 def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float, float]]:
-    """A suggestion for `lr_find`: 0.4 times the middle, on the log scale, of the rates with about the least loss.
+    """A suggestion for `lr_find`: 0.4 times the middle (on the log scale) of the rates with a loss close to the least.
 
-    These are the rates whose loss is within a tenth of the whole descent. Their middle varies half as much from seed to
+    That is: within a tenth of the whole descent. Their middle varies half as much from seed to
     seed as the single rate of least loss, a tenth of which is fastai's `minimum`.
     """
     low = losses.min()
@@ -224,7 +225,7 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
 
 
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
-    """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, but a tenth of LRMAX at most, and our `basin`.
+    """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
     Raises `RunError` where the finder's answer is of no use.
     """

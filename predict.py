@@ -142,7 +142,8 @@ accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean l
 {aligned(pd.DataFrame(confused, columns=['most confused: actual → predicted', 'images']))}'''
 
 
-if __name__ == '__main__': sys.argv[1:] = sorted(sys.argv[1:], key=lambda o: not o.startswith('--'))  # else not between
+# argparse wants options first or last.
+if __name__ == '__main__': sys.argv[1:] = sorted(sys.argv[1:], key=lambda o: not o.startswith('--'))
 
 
 @call_parse

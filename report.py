@@ -1,4 +1,4 @@
-"""Numbers into words: the tables of an evaluation and the report of a run."""
+"""Numbers into words: the report of a run."""
 import math
 import re
 
@@ -8,7 +8,8 @@ FINDER = """
 ![Smoothed training loss against the learning rate](lr_find.png)
 
 *The finder raises the rate from batch to batch and records the loss. LRMIN is its `valley` suggestion, a rate in the
-middle of the longest descent. LRMAX is 0.4 times the middle of the rates with about the least loss.*
+middle of the longest descent, but at most a tenth of LRMAX. LRMAX is 0.4 times the middle of the rates whose loss is
+close to the least.*
 """
 TASTE = """
 > **A taste**: one image in ten, few epochs, small batches. It shows what a run leaves; its numbers say nothing of the
@@ -105,7 +106,7 @@ Momentum moves in the opposite direction.*
 
 ![Loss and accuracy of both sets, epoch by epoch](history.png)
 
-*From the first to the last epoch the training loss{' (labels smoothed)' if smoothing else ''} falls from
+*From the first to the last epoch the training loss{' (labels smoothed)' if smoothing else ''} goes from
 {one['train_loss']:.3f} to {last['train_loss']:.3f}, the test loss from {one['test_loss']:.3f} to
 {last['test_loss']:.3f}. At the end the training accuracy is {abs(gap):.1f} points {'above' if gap > 0 else 'below'} the
 test accuracy. Training figures are means over an epoch's batches as trained on: augmented, and with the weights of that

@@ -177,7 +177,7 @@ class Run:
     """A run in its folder, as a context: at its end the folder is free, and an interruption says how to resume.
 
     A new run has the `options` given; with `resume`, the folder of an interrupted run, they are that run's own, but for
-    a data folder, which may have moved. `given` are those options that are not defaults. Raises `InputError`.
+    a data folder, which may have moved. `given` names those options that were given. Raises `InputError`.
     """
 
     def __init__(self, options: dict, given: set[str], resume: str | None):
@@ -200,7 +200,7 @@ class Run:
             options = self.state['options'] | (dict(data=options['data']) if options['data'] else {})
             self.start -= self.state['seconds_total']
         self.options = o = SimpleNamespace(**options)
-        if o.bs % RANKS: raise InputError(f'--bs {o.bs} is no multiple of {RANKS}, the number of processes')
+        if o.bs % RANKS: raise InputError(f'--bs {o.bs} is not a multiple of {RANKS}, the number of processes')
         s = self.state or {}
         self.precision = s.get('precision') or checked_precision(o.precision, default_device())
         self.lrs = (s['lr_min'], s['lr_max']) if s else (o.lr_min, o.lr_max) if o.lr_min else None
@@ -221,7 +221,8 @@ class Run:
     def load(self, options: dict) -> dict:
         """The run's checkpoint. Raises `InputError`."""
         out = self.folder
-        if (out/'model.pth').exists(): raise InputError(f'--resume {out}: this run is finished, nothing is left to do')
+        if all((out/name).exists() for name in ('model.pth', 'top_losses.png')):  # the last number and the last picture
+            raise InputError(f'--resume {out}: this run is finished, nothing is left to do')
         try: state = load_state(out/Checkpoint.file)
         except InputError as e: raise InputError(f'--resume {out}: {e}; start a run without --resume') from e
         if not isinstance(state, dict) or not {'epochs_done', 'options'} <= state.keys():
@@ -275,7 +276,7 @@ class Run:
         if gone: raise RunError(f'another process of the run has ended, or cannot be reached; {again}') from e
         if isinstance(e, BrokenPipeError): raise RunError(f'nobody reads the output any more; {again}') from e
         culprit = f'{e.filename}: {e.strerror}' if e.filename else one_line(e)
-        raise RunError(f'{culprit}; once that is mended, {again}') from e
+        raise RunError(f'{culprit}; once that is fixed, {again}') from e
 
 
 def load_run(run: str | Path, with_data: bool = True) -> Learner:

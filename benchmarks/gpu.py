@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""All that is to be known from a GPU, in one go of a quarter of an hour: tests, the timed run, and repeated runs.
+"""Every measurement that needs a GPU, in one session of ten minutes: tests, the timed run, and repeated runs.
 
-    python benchmarks/gpu.py results --minutes 9 --workers 6
+    python benchmarks/gpu.py results --minutes 9
 
 In this order: the CUDA tests; `train_fastai.py` alone, timed; `speed.py`; then, in several processes that share the
 GPU, the default under several seeds, the ingredients on held-out images, the best of them and the plain recipe with the
@@ -45,14 +45,19 @@ def folder_name(epochs: int, bs: int, **_) -> str:
 
 
 def best_arm(folder: Path) -> str | None:
-    """The arm with the best mean held-out accuracy of the averaged weights (decay 0.995) over the seeds all have."""
-    runs = {}
+    """The best arm by held-out accuracy, the mean of plain and by flips, of the averaged weights (decay 0.995).
+
+    It is chosen among those with the most seeds, once, and kept in the file `best.txt`: all processes go by it.
+    """
+    runs, choice = {}, folder/'best.txt'
     for file in folder.glob('*.json'):
-        arm, _, seed = file.stem.rpartition('-')
-        runs.setdefault(arm, {})[seed] = json.loads(file.read_text())['averages']['0.995']['accuracy']
+        arm, average = file.stem.rpartition('-')[0], json.loads(file.read_text())['averages']['0.995']
+        runs.setdefault(arm, []).append(average['accuracy'] + average['accuracy_flip'])
     if not runs: return None
     most = max(map(len, runs.values()))
-    return max((a for a in runs if len(runs[a]) == most), key=lambda a: mean(runs[a].values()))
+    with contextlib.suppress(FileExistsError), choice.open('x') as f:
+        f.write(max((a for a in runs if len(runs[a]) == most), key=lambda a: mean(runs[a])))
+    return choice.read_text()
 
 
 def work(i: int, workers: int, out: Path, arms: str | None, seeds: list[int], deadline: float, **size):

@@ -30,26 +30,9 @@ HEAD = """# Repeated runs
 
 `python benchmarks/results.py` made this page and its figures from the results in the folders beside it, which
 `benchmarks/recipes.py` and `benchmarks/gpu.py` wrote, on the genuine CIFAR-10. ± is the standard deviation over the
-seeds; one run has none. Flip averaging: the accuracy by the mean log-probability of an image and its mirror image.
-
-## What was found
-
-The default, over seeds 42 to 46, reaches a mean test accuracy of **{default}** after 24 epochs
-({flips} with flip averaging). The aim of 94.1 % without flip averaging was not reached.
-
-On 5,000 held-out training images everything that the default adds to the plain recipe gained: label smoothing,
-reflected padding, and above all more of what moves the weights, which is a larger LRMAX or more weight decay. One run
-each, most of them; 5,000 images alone give a standard error of 0.3 points, which the arms share, so that a gain of 0.1
-or 0.2 is no gain. A larger LRMAX and a larger weight decay each gained 0.3 to 0.5 points, and are not to be told apart.
-LRMAX four times the tenth that the finder is usually given (`default`) was the best arm in the first round of seed 42
-(judged by the mean of plain and flip-averaged accuracy of the averaged weights), when the choice was made, before any
-test figure of it was seen. The second round, seed 43, came later: half of that LRMAX with a weight decay of 0.2
-(`lr-max-half-wd-0.2`) is then the best of those with two seeds, and has not been tried on the test set.
-
-Averaging the weights gained 0.1 to 0.8 points over the last step's; the decays 0.99, 0.995 and 0.998 per step do not
-differ. (An average's decay grows with the steps, so that a short run does not remember its beginnings.)"""
-AVERAGED = """Each run also keeps exponential moving averages of its weights. "More than the first" is over
-the seeds that both have, in points."""
+seeds; one run has none. Flip averaging: the accuracy by the mean log-probability of an image and its mirror image."""
+AVERAGED = """Each run also keeps exponential moving averages of its weights. "More than the first" is more
+than the first row, over the seeds that both have, in points."""
 HELD_OUT = """Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
 chooses nothing."""
 WORDS = dict(
@@ -59,9 +42,9 @@ which was the default when the first results came. Each run finds its own learni
     finder="""What can be read from the finder's curve; the experiment uses the first two columns. `basin` is this
 project's own, the other suggestions are fastai's.""",
     schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
-literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. These are the plain recipe's
-(weight decay 0.01, no smoothing, padding with the mean colour), with averages of a constant decay, which in so short a
-run still hold the beginnings. All else is equal. {AVERAGED}""",
+literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. Made by an earlier version of
+`recipes.py`: the plain recipe (weight decay 0.01, no smoothing, padding with the mean colour), with averages of a
+constant decay, which in so short a run still hold the beginnings. All else is equal. {AVERAGED}""",
     peak=f"""{HELD_OUT} LRMAX as found, a third of it, or three times of it. {AVERAGED}""",
     ingredients=f"""{HELD_OUT} A recipe's name says how it differs from the default; each run finds its rates.
 {AVERAGED}""")
@@ -200,10 +183,7 @@ def devices(arms: dict[str, list[dict]]) -> str:
 
 def page(folder: Path) -> str:
     """All tables of the results in `folder`, as Markdown; draws their figures into it."""
-    seeds = load(folder/'seeds/24', ['experiment'])
-    default, flips = (mean_accuracy([r[k] for r in runs]) for runs in seeds.values()
-                      for k in ('test_accuracy', 'test_accuracy_flip'))
-    parts = [HEAD.format(default=default, flips=flips)]
+    parts = [HEAD, *(f.read_text().strip() for f in folder.glob('found.md'))]  # what somebody made of them
     for name in WORDS:
         for files in sorted({f.parent for f in folder.glob(f'{name}/**/*.json')}):
             if not (arms := load(files, ARMS[name])): continue  # the folder of a run
@@ -212,7 +192,8 @@ def page(folder: Path) -> str:
                 title += f', {epochs} epochs of {r["train_images"]:,} images, tested on {r["test_images"]:,}'
             seeds = sorted({r['seed'] for runs in arms.values() for r in runs})
             size = f'-epochs-{files.name}' if epochs else f'-{files.name}'
-            command = ' '.join([f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}',
+            some = f' --arms {",".join(arms)}' if arms.keys() != ARMS[name].keys() else ''
+            command = ' '.join([f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}{some}',
                                 *(f'--{option} {value}'
                                   for option, value in re.findall(r'-(epochs|every|bs)-(\d+)', size))])
             parts += [f'## {title}', f'```\n{command}\n```', WORDS[name], TABLES[name](arms)]

@@ -11,7 +11,7 @@ import recipes
 
 def put(folder, name, share):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/f'{name}.json').write_text(json.dumps(dict(averages={'0.995': dict(accuracy=share)})))
+    (folder/f'{name}.json').write_text(json.dumps(dict(averages={'0.995': dict(accuracy=share, accuracy_flip=share)})))
 
 
 def test_the_best_arm_is_that_of_the_seeds_that_most_have(tmp_path):
@@ -19,6 +19,8 @@ def test_the_best_arm_is_that_of_the_seeds_that_most_have(tmp_path):
     for name, share in (('default-1', 0.92), ('default-2', 0.92), ('wd-0.2-1', 0.91), ('wd-0.2-2', 0.94),
                         ('lucky-1', 0.99)): put(tmp_path, name, share)
     assert gpu.best_arm(tmp_path) == 'wd-0.2'
+    put(tmp_path, 'default-3', 0.99)
+    assert gpu.best_arm(tmp_path) == 'wd-0.2', 'chosen anew'
 
 
 def test_a_command_that_fails_or_takes_too_long_ends_and_leaves_its_output(tmp_path, capsys):

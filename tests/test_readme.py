@@ -35,6 +35,8 @@ def test_its_numbers_are_those_of_the_published_runs():
     mean = results.mean_accuracy(test)
     assert f'**{mean} test accuracy** (mean ± sd of 5 seeds; {100 * np.mean(flips):.2f} % with flip' in README
     assert f'| this program | {mean} |' in README
+    found = ' '.join((ROOT/'docs/recipes/found.md').read_text().split())
+    assert f'**{mean}** after 24 epochs ({results.mean_accuracy(flips)} with flip averaging)' in found
     assert f'fastai: {mean} test accuracy (mean ± sd, 5 seeds)' in train_fastai.__doc__
     over = {r['first_epoch_over_90'] for r in default}
     for row, value in (('test accuracy, epoch 24', f'{100 * np.mean(test):.2f} %'),

@@ -45,7 +45,7 @@ def test_it_sets_what_was_done_beside_what_was_asked():
                  '| first epoch over 90% test accuracy | 16 | 19 |',
                  '| epochs | 24 | 24 |', 'moving average, decay 0.995 per step |', 'label smoothing 0.1',
                  'weight decay 0.1 (',
-                 'computed after the epoch, with the averaged weights.', '(labels smoothed) falls',
+                 'computed after the epoch, with the averaged weights.', '(labels smoothed) goes',
                  '| batch size | 512 | 512 |', '| test accuracy | 90% | 92.73% |',
                  '1.60·10⁻⁴ → 2.30·10⁻³ at epoch 5 of 24 → 1.60·10⁻⁴',
                  'peak at training batch 486', 'no annihilation', 'by `learn.lr_find`',

@@ -265,6 +265,18 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line_and_no_result(folder, tmp_p
         'lr_find.csv', 'lr_find.png', 'augmented.png', 'history.png', 'misclassified.png', 'top_losses.png'}
 
 
+def test_a_run_that_only_lacks_its_pictures_is_finished(folder, whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    def interrupt(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(figures, 'misclassified', interrupt)
+    assert f'resume it with: python train_fastai.py --resume {out}' in ends(capsys, 130, start, folder=folder, out=out)
+    assert (out/'model.pth').exists()
+    monkeypatch.undo()
+    main(resume=out)
+    assert differences(whole, out) == []
+    assert {f.name for f in out.iterdir()} == FILES - {'lr_find.csv', 'lr_find.png'}
+
+
 @pytest.mark.usefixtures('no_pictures')
 def test_a_table_that_cannot_be_written_costs_a_line_and_no_checkpoint(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path/'out'
@@ -290,9 +302,10 @@ def test_trouble_of_the_device_is_one_line(folder, tmp_path, capsys, monkeypatch
 
 
 def test_bad_input_on_the_command_line(tmp_path):
-    done = run_program('--data', tmp_path/'none', '--out', tmp_path/'out')
+    """A default that is given counts as given."""
+    done = run_program('--resume', tmp_path/'out', '--bs', 512)
     assert done.returncode == 2
-    assert done.stderr == f'train_fastai.py: error: data folder {tmp_path}/none does not exist\n'
+    assert done.stderr == 'train_fastai.py: error: --bs: --resume takes --data and no other option\n'
     assert not list(tmp_path.iterdir())
 
 
