@@ -94,7 +94,7 @@ def test_two_processes_learn_as_one_does_from_the_whole_batch(two, images, tmp_p
     assert done.returncode == 0, done.stderr
     history, of_one = (pd.read_csv(o/'history.csv') for o in (two[0], out))
     for loss in ('train_loss', 'test_loss'):  # but for roundings, which Adam's first steps magnify
-        assert history[loss].tolist() == pytest.approx(of_one[loss].tolist(), rel=1e-2)
+        assert history[loss].tolist() == pytest.approx(of_one[loss].tolist(), rel=5e-2)
     assert (out/'schedule.csv').read_bytes() == (two[0]/'schedule.csv').read_bytes()
     alone, first = watched(out)[0], watched(two[0])[0]
     assert torch.equal(alone['seen'][0][0::2], first['seen'][0])
