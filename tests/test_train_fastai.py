@@ -177,8 +177,8 @@ def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(cifar10
             for file in sorted((cifar10/split/name).iterdir())[:n]:
                 (tmp_path/'slice'/split/name/file.name).symlink_to(file)
     dls = get_dls(tmp_path/'slice', bs=32)
-    fast = get_learner(dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0.995, width=64)
-    plain = Learner(dls, ResNet(n_out=3), opt_func=partial(Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
+    fast = get_learner(dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0, width=32)
+    plain = Learner(dls, ResNet(n_out=3, width=32), opt_func=partial(Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
                     cbs=SeedEpochs(42), path=tmp_path)
     plain.model.load_state_dict(fast.model.state_dict())
     losses, accuracies = [], []
@@ -186,12 +186,12 @@ def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(cifar10
         learn.fit_one_cycle(3, 1e-3, div=10, div_final=10, pct_start=5/24, cbs=(spy := BatchLosses()))
         losses.append(torch.tensor(spy.batches))
         accuracies.append(learn.validate()[-1])
-    # Eight seeds differed by at most 0.012 in the first three losses, 0.11 in an epoch's mean, 0.03 in accuracy.
+    # Four seeds kept to these bounds; in accuracy, of 150 images, they differed by up to 0.10.
     assert (losses[0] - losses[1])[:3].abs().max() < 0.025
     by_epoch = [o.view(3, 12).mean(1) for o in losses]
     assert (by_epoch[0] - by_epoch[1]).abs().max() < 0.15
     assert by_epoch[0][2] < 0.5 < by_epoch[0][0]
-    assert accuracies[0] > max(0.65, accuracies[1] - 0.08)
+    assert accuracies[0] > max(0.65, accuracies[1] - 0.15)
 
 
 def test_plain_fastai_from_here_on(folder, tmp_path):
