@@ -50,7 +50,7 @@ class SideBySideConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        wide = F.pad(x.permute(2, 0, 3, 1), (0, 0, 0, 1)).view(1, h, n * (w + 1), c)
+        wide = F.pad(x.permute(2, 0, 3, 1), (0, 0, 0, 1)).reshape(1, h, n * (w + 1), c)
         out = super().forward(wide.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return out.reshape(h, n, w + 1, -1)[:, :, :w].permute(1, 3, 0, 2)
 

@@ -134,11 +134,12 @@ def test_the_defaults_are_the_recipes(dls, tmp_path):
     assert (learn.loss_func.label_smoothing, learn.weight_average.decay) == (0.1, 0.99)
 
 
+@pytest.mark.parametrize('memory', [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(('n', 'h', 'w'), [(5, 4, 4), (1, 8, 8), (3, 7, 5), (2, 1, 1)])
-def test_maps_side_by_side_are_convolved_as_ever(n, h, w):
+def test_maps_side_by_side_are_convolved_as_ever(n, h, w, memory):
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 10, 3, padding=1, bias=False)
-    x = torch.randn(n, 6, h, w).to(memory_format=torch.channels_last)
+    x = torch.randn(n, 6, h, w).to(memory_format=memory)
     grad, found = torch.randn(n, 10, h, w), []
     for kind in (nn.Conv2d, SideBySideConv2d):
         plain.__class__ = kind
