@@ -120,9 +120,9 @@ def misclassified(images: Tensor, rows: list[dict]) -> Figure:
 
 
 @with_names
-def top_losses(learn: Learner, n: int = 9) -> Figure:
-    """fastai's view of the test images with the largest losses."""
-    with learn.no_bar(), learn.no_logging(): interp = ClassificationInterpretation.from_learner(learn)
+def top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
+    """fastai's view of the test images with the largest `losses`, (N,) float on the CPU."""
+    interp = ClassificationInterpretation(learn, learn.dls.valid, losses)  # from_learner would test all over again
     interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     for ax in plt.gcf().axes:
         parts = [short(part) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability

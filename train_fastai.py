@@ -95,7 +95,8 @@ def save_results(run: Run, learn: Learner, **found) -> dict:
     """
     dls, h, o, out = learn.dls, learn.history, run.options, run.folder
     log_probs = get_log_probs(learn, dls.valid_ds.images)
-    counts = confusion_matrix(log_probs, dls.valid_ds.labels.cpu())
+    targets = dls.valid_ds.labels.cpu()
+    counts = confusion_matrix(log_probs, targets)
     rows, places = misclassified(log_probs, dls)
     classes = [dict(zip(('class', 'images', 'recall', 'precision'), row, strict=True))
                for row in class_scores(counts, dls.vocab)]
@@ -116,7 +117,8 @@ def save_results(run: Run, learn: Learner, **found) -> dict:
     save_state(out/'model.pth', learn.model.state_dict())
     save_figure(out/'misclassified.png', figures.misclassified, dls.valid_ds.images[places[:10]], rows)
     save_figure(out/'confusion_matrix.png', figures.confusion_matrix, counts, dls.vocab)
-    save_figure(out/'top_losses.png', figures.top_losses, learn)
+    losses = F.nll_loss(log_probs, targets, reduction='none')
+    save_figure(out/'top_losses.png', figures.top_losses, learn, losses)
     return metrics
 
 
