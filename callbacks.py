@@ -4,20 +4,19 @@ import warnings
 from fastai.vision.all import *
 
 from distributed import RANK, RANKS
+from errors import RunError
 
 
 def is_training_run(learn: Learner) -> bool:
-    """Is this `fit` training proper? `lr_find` and `get_preds` fire `before_fit` too."""
-    return not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
+    """Is `learn` in training proper? `lr_find`, `get_preds`, `validate` and `summary` fire some of its events, too."""
+    return learn.fitting and not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
 
 class TrainingCallback(Callback):
     """A callback that sees training runs only."""
-    sees = False  # `learn.summary()` fires `after_batch` alone
 
     def __call__(self, event_name: str):
-        if event_name == 'before_fit': self.sees = is_training_run(self.learn)
-        if self.sees and hasattr(type(self), event_name): super().__call__(event_name)
+        if is_training_run(self.learn) and hasattr(type(self), event_name): super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
@@ -40,24 +39,6 @@ class SeedEpochs(Callback):
 
     def after_train(self):
         if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
-
-
-class Mean(AvgMetric):
-    """fastai's mean of a function of predictions and targets, which does not wait for the GPU at every batch."""
-
-    def accumulate(self, learn: Learner):
-        n = find_bs(learn.yb)
-        self.total += self.func(learn.pred.detach(), *learn.yb) * n
-        self.count += n
-
-
-class MeanLoss(AvgLoss):
-    """fastai's mean loss, which does not wait for the GPU at every batch."""
-
-    def accumulate(self, learn: Learner):
-        n = find_bs(learn.yb)
-        self.total += learn.loss.detach().mean() * n
-        self.count += n
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -95,7 +76,7 @@ class History(TrainingCallback):
     order = Recorder.order + 1
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
-    def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., MeanLoss()
+    def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., AvgLoss()
 
     def before_epoch(self): self.start = time.perf_counter()
 
@@ -112,15 +93,16 @@ class History(TrainingCallback):
         self.recorder.log[:2] = [len(self.rows) + 1, self.train_loss.value.item()]
 
     def after_validate(self):
-        names, log = self.recorder.metric_names, self.recorder.log
-        if len(log) < len(names) - 1: return  # a bare `learn.validate()` has no training half
-        named = dict(zip(names, log, strict=False), seconds=time.perf_counter() - self.start)
+        named = dict(zip(self.recorder.metric_names, self.recorder.log, strict=False))  # which lacks the time, as yet
+        named['seconds'] = time.perf_counter() - self.start
         self.rows.append({c: named.get(c.replace('test', 'valid'), float('nan')) for c in self.columns})
 
 
 class Precision(MixedPrecision):
-    """fastai's mixed precision on any device: 'bf16', or 'fp16' with a gradient scaler, which needs a CUDA GPU."""
-    entered = False
+    """fastai's mixed precision on any device: 'bf16', or 'fp16' with a gradient scaler, which needs a CUDA GPU.
+
+    An error in a forward pass skips `after_loss`; what the learner's `during_batch` has entered is left all the same.
+    """
 
     def before_fit(self):
         bf16 = self.amp_mode == AMPMode.BF16
@@ -128,16 +110,9 @@ class Precision(MixedPrecision):
         self.autocast = torch.autocast(device, dtype=torch.bfloat16 if bf16 else torch.float16)
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, enabled=not bf16), L()
 
-    def before_batch(self):
-        super().before_batch()
-        self.entered = True
+    def before_batch(self): self.during_batch.enter_context(self.autocast)
 
-    def after_loss(self): self.leave()
-
-    def leave(self):
-        """Leaves autocast. An error skips `after_loss`, and autocast would keep its copies of weights."""
-        if self.entered: self.autocast.__exit__(None, None, None)
-        self.entered = False
+    def after_loss(self): self.during_batch.close()
 
 
 class CUDAGraph(TrainingCallback):
@@ -158,21 +133,15 @@ class CUDAGraph(TrainingCallback):
             torch.cuda.make_graphed_callables(self.model, (images,))  # in evaluation the model is as it was
         for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
 
-    def after_fit(self): self.leave()
-
-    def leave(self): vars(self.model).pop('forward', None)
+    def after_fit(self): vars(self.model).pop('forward', None)
 
 
 class StopOnNaN(TrainingCallback):
-    """Ends the training run at a loss that is not finite; `where` then says at which batch, and else is None.
+    """Ends a training run at a loss that is not finite: its `fit` raises `RunError`.
 
     On a GPU it looks at the losses after each epoch: a look at every batch would keep the GPU waiting.
     """
     order = Recorder.order - 1
-
-    def __init__(self): self.where, self.finite = None, []
-
-    def before_fit(self): self.where = None
 
     def before_train(self): self.finite = []
 
@@ -189,9 +158,10 @@ class StopOnNaN(TrainingCallback):
     def look(self):
         finite = torch.stack(self.finite).tolist() if self.finite else []
         if all(finite): return
-        if not (self.training or self.recorder.losses): return  # a bare `learn.validate()` has nothing to end
-        if self.training: self.where = f'batch {finite.index(False) + 1} of {self.n_iter} of epoch {self.epoch + 1}'
-        else: self.where = f'the test after epoch {self.epoch + 1}'
+        at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
+        peak = max(self.recorder.lrs + [self.opt.hypers[-1]['lr']])
+        self.learn.error = RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; '
+                                    f'lower --lr-max (the rate had reached {peak:.2e})')
         raise CancelFitException
 
 

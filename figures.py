@@ -10,28 +10,12 @@ FONTS = ('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK JP', 'Microsoft YaHei', 'Pin
          'Arial Unicode MS', 'WenQuanYi Zen Hei', 'IPAGothic', 'FreeSans', 'Unifont')
 
 
-@functools.cache
-def letters(font: str) -> frozenset[int]:
-    """The characters of `font`."""
-    return frozenset(font_manager.get_font(font_manager.findfont(font)).get_charmap())
-
-
-@functools.cache
-def tell_once(message: str): print(message, file=sys.stderr)
-
-
 def with_names(draw: Callable) -> Callable:
     """Decorates a function that draws class names."""
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
         fonts = [o for o in FONTS if o in font_manager.get_font_names()]
-        with plt.rc_context({'text.parse_math': False, 'font.family': fonts}):
-            fig = draw(*args, **kwargs)
-            fig.draw_without_rendering()  # which makes the tick labels
-        used = {ord(c) for text in fig.findobj(plt.Text) for c in text.get_text() if c.isprintable()}
-        if used - set().union(*map(letters, fonts)):
-            tell_once('No installed font has all letters of the class names; figures show boxes for the others.')
-        return fig
+        with plt.rc_context({'text.parse_math': False, 'font.family': fonts}): return draw(*args, **kwargs)
     return drawn
 
 

@@ -4,6 +4,7 @@ import ctypes
 import platform
 import sys
 import tempfile
+from typing import Any
 
 from fastai.callback.schedule import valley
 from fastai.vision.all import *
@@ -12,8 +13,6 @@ from arch import ResNet
 from callbacks import (
     CUDAGraph,
     History,
-    Mean,
-    MeanLoss,
     MeanOfRanks,
     PlainLog,
     Precision,
@@ -56,50 +55,36 @@ class SideBySideConv2d(nn.Conv2d):
 
 
 class RobustLearner(Learner):
-    """A `Learner` that an interruption or an error leaves as usable as it was, and whose `fit` may begin later.
+    """A `Learner` that an interruption or an error leaves as usable as it was, and whose `fit` begins at `first_epoch`.
 
-    `fit` begins at `first_epoch`; fastai's own argument fires events for the skipped epochs. It raises `RunError` for a
-    loss that is not finite.
+    fastai skips `after_fit` after an error, so that an interrupted finder's weights would stay in the model; and its
+    own `start_epoch` fires events for the epochs that it skips.
     """
-    first_epoch = 0
+    first_epoch, fitting, error = 0, False, None
 
     def fit(self, *args, **kwargs):
+        self.fitting = True
         try: super().fit(*args, **kwargs)
-        except BaseException:
-            self.leave()
-            raise
-        finally: self.first_epoch = 0
-        for cb in self.cbs:
-            if isinstance(cb, StopOnNaN) and cb.where:
-                at, cb.where, peak = cb.where, None, max(self.recorder.lrs, default=0)
-                raise RunError(f'the loss was not finite at {at}; lower --lr-max (the rate had reached {peak:.2e})')
+        finally:
+            error, self.error, self.fitting, self.first_epoch = self.error, None, False, 0
+            if error: raise error
 
     def _do_fit(self):
-        for epoch in range(self.first_epoch, self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        try:
+            for epoch in range(self.first_epoch, self.n_epoch):
+                self.epoch = epoch
+                self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        except CancelFitException: raise
+        except BaseException as e:
+            self.error = e  # raised again once every callback has had its `after_fit`
+            raise CancelFitException from e
 
     def one_batch(self, *args, **kwargs):
-        try: super().one_batch(*args, **kwargs)
-        except BaseException:
-            self.leave()
-            raise
+        with contextlib.ExitStack() as self.during_batch: super().one_batch(*args, **kwargs)
 
-    def leave(self):
-        """Ends what callbacks left open when an exception skipped their `after_…` events."""
-        for cb in self.cbs:
-            if isinstance(cb, Precision | CUDAGraph): cb.leave()
-
-    def lr_find(self, *args, **kwargs) -> tuple:
-        """As fastai's, which leaves the finder's weights in the model if it does not come to its end."""
-        weights = {k: v.clone() for k, v in self.model.state_dict().items()}
-        opt = deepcopy(self.opt.state_dict()) if self.opt else None
-        try: return super().lr_find(*args, **kwargs)
-        except BaseException:
-            self.model.load_state_dict(weights)
-            if opt: self.opt.load_state_dict(opt)
-            else: self.opt = None
-            raise
+    def to_detach(self, b: Any, *args, **kwargs) -> Any:
+        """As fastai's, but a metric is summed up where it is: to move it would wait for the GPU at every batch."""
+        return b.detach() if getattr(b, 'ndim', None) == 0 else super().to_detach(b, *args, **kwargs)
 
     def to_fp16(self, **kwargs) -> Learner:
         """As fastai's, but in place of a precision that is there already: two of them would scale the loss twice."""
@@ -178,11 +163,10 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
     if device.type == 'cuda' and RANKS == 1: cbs.append(CUDAGraph())  # the processes' exchange cannot be recorded
     if ema: cbs.append(WeightAverage(ema))
     learn = RobustLearner(
-        dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=Mean(accuracy), cbs=cbs, path=path,
+        dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=accuracy, cbs=cbs, path=path,
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=eps, fused=True),
         splitter=partial(weight_decay_groups, wd=wd))
-    recorder = learn.recorder
-    recorder.train_metrics, recorder.loss, recorder.smooth_loss = True, MeanLoss(), SmoothLoss()
+    learn.recorder.train_metrics, learn.recorder.smooth_loss = True, SmoothLoss()
     if not SHOW_PROGRESS: learn.remove_cb(ProgressCallback).add_cb(PlainLog())
     return learn
 

@@ -12,7 +12,6 @@ import errors
 if __name__ == '__main__': errors.end_quietly_while_importing('predict.py')
 
 import sys
-import unicodedata
 from pathlib import Path
 
 from fastai.vision.all import *
@@ -114,13 +113,9 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
 
 
 def aligned(table: pd.DataFrame) -> str:
-    """The rows of `table`, a line each, in aligned columns."""
-    def shown(o): return f'{o:.1%}' if isinstance(o, float) else o
-    def width(text): return sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
-    columns = [[name, *map(shown, table[name])] for name in table]
-    widths = [max(map(width, column)) for column in columns]
-    return '\n'.join('  '.join(o + ' ' * (w - width(o)) for o, w in zip(row, widths, strict=True)).rstrip()
-                     for row in zip(*columns, strict=True))
+    """The rows of `table`, a line each, in aligned columns; shares as percentages."""
+    with pd.option_context('display.unicode.east_asian_width', True):  # some letters are two columns wide
+        return table.to_string(index=False, float_format='{:.1%}'.format)
 
 
 def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
@@ -132,14 +127,14 @@ def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[
     counts = confusion_matrix(log_probs, targets)
     classes = [(c, f'{n:,}', percent(recall), percent(precision))
                for c, n, recall, precision in class_scores(counts, vocab)]
-    confused = [(f'{actual} → {predicted}', f'{n:,}') for actual, predicted, n in most_confused(counts, vocab)]
+    confused = pd.DataFrame(most_confused(counts, vocab), columns=['actual', 'most often taken for', 'images'])
     return f'''{len(targets):,} images of {len(targets.unique())} classes
 accuracy                     {accuracy(log_probs):.2%}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean log-probability of image and mirror)
 
 {aligned(pd.DataFrame(classes, columns=['class', 'images', 'recall', 'precision']))}
 
-{aligned(pd.DataFrame(confused, columns=['most confused: actual → predicted', 'images']))}'''
+{aligned(confused) if len(confused) else 'Every image is classified correctly.'}'''
 
 
 # argparse wants options first or last.

@@ -5,6 +5,7 @@ import json
 import pickle
 import shlex
 import sys
+import warnings
 import zipfile
 from types import SimpleNamespace
 
@@ -48,13 +49,20 @@ def save_csv(file: Path, rows: list[dict], columns: list[str] | None = None):
     write_whole(file, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
 
 
+@functools.cache
+def tell_once(message: str): print(message, file=sys.stderr)
+
+
 def save_figure(file: Path, draw: Callable, *args):
     """Writes the figure that `draw(*args)` makes, 120 dots per inch; if that fails, a line on stderr says so."""
     if RANK: return
-    with optional(file):
+    with optional(file), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
         try: draw(*args).savefig(content := io.BytesIO(), dpi=120)
         finally: plt.close('all')
         write_whole(file, content.getvalue())
+    if any('missing from font' in str(w.message) for w in caught):
+        tell_once('No installed font has all letters of the class names; figures show boxes for the others.')
 
 
 @contextlib.contextmanager
@@ -108,14 +116,13 @@ class Checkpoint(Callback):
 
     def save(self, epochs_done: int):
         if RANK: return
-        h, smooth = self.history, self.recorder.smooth_loss
+        h = self.history
         save_state(self.path/self.file, dict(
             self.header, epochs_done=epochs_done, model=get_model(self.model).state_dict(),
             opt=self.opt.state_dict()['state'],  # its LR and momentum are the schedule's to set
             scaler=self.scaler.state_dict() if hasattr(self.learn, 'precision') else {},
             average=self.weight_average.average.state_dict() if hasattr(self.learn, 'weight_average') else {},
-            smooth_loss=[float(smooth.val), smooth.count], rows=h.rows, schedule=h.schedule,
-            seconds_training=h.seconds_training, seconds_total=self.seconds()))
+            rows=h.rows, schedule=h.schedule, seconds_training=h.seconds_training, seconds_total=self.seconds()))
         for name, rows, columns in (('history.csv', h.rows, list(History.columns)),
                                     ('schedule.csv', h.schedule, ['batch', 'lr', 'momentum'])):
             with optional(self.path/name): save_csv(self.path/name, rows, columns)
@@ -128,8 +135,6 @@ class Checkpoint(Callback):
         if s['average']:
             self.weight_average.average.load_state_dict(s['average'])
             self.weight_average.swapped = s['epochs_done'] > 0  # as it was when it was saved
-        smooth = self.recorder.smooth_loss
-        smooth.val, smooth.count = tensor(s['smooth_loss'][0]), s['smooth_loss'][1]
         h = self.history
         h.rows, h.schedule, h.seconds_training = s['rows'], s['schedule'], s['seconds_training']
 
