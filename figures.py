@@ -85,21 +85,18 @@ def history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) 
 
 
 @with_names
-def misclassified(images: Tensor, rows: list[dict]) -> Figure:
-    """The first of `rows`, as in misclassified.csv: those that the network got most wrong.
-
-    `images` (n, 3, H, W) uint8 are theirs.
-    """
+def misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
+    """The first rows of `wrong`, as in misclassified.csv; `images` (n, 3, H, W) uint8 are theirs."""
     cols = 5
     lines = max(-(-len(images) // cols), 1)
     fig, axs = plt.subplots(lines, cols, figsize=(11, 0.9 + 2.6 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
-    for ax, image, row in zip(axs.flat, images.cpu(), rows, strict=False):
+    for ax, image, row in zip(axs.flat, images.cpu(), wrong.itertuples(), strict=False):
         ax.imshow(image.permute(1, 2, 0), interpolation='nearest')
-        actual, predicted = short(row['actual']), short(row['predicted'])
+        actual, predicted = short(row.actual), short(row.predicted)
         arrow = ' → ' if len(actual + predicted) <= 22 else ' →\n'
-        ax.set_title(f'{actual}{arrow}{predicted} ({row["probability"]:.0%})', fontsize=10)
-    fig.suptitle(f'Misclassified test images, the worst of {len(rows):,}: actual → predicted (probability)')
+        ax.set_title(f'{actual}{arrow}{predicted} ({row.probability:.0%})', fontsize=10)
+    fig.suptitle(f'Misclassified test images, the worst of {len(wrong):,}: actual → predicted (probability)')
     return fig
 
 

@@ -18,7 +18,6 @@ from fastai.vision.all import *
 
 from data import FitSize, RGBImage, check_access, check_names
 from errors import InputError, one_line_errors
-from report import percent
 from run import load_run
 
 
@@ -39,35 +38,30 @@ def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
     return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
 
 
-def class_scores(counts: Tensor, vocab: list[str]) -> list[tuple[str, int, float, float]]:
-    """Name, images, recall and precision of each class, from a confusion matrix; a share of nothing is NaN."""
-    return [(c, n.item(), (right / n).item(), (right / named).item())
-            for c, right, n, named in zip(vocab, counts.diag(), counts.sum(1), counts.sum(0), strict=True)]
+def class_scores(counts: Tensor, vocab: list[str]) -> pd.DataFrame:
+    """The columns `class, images, recall, precision`, from a confusion matrix; a share of nothing is NaN."""
+    right, images, named = counts.diag().double(), counts.sum(1), counts.sum(0)
+    return pd.DataFrame({'class': vocab, 'images': images, 'recall': right / images, 'precision': right / named})
 
 
-def most_confused(counts: Tensor, vocab: list[str], n: int = 10) -> list[tuple[str, str, int]]:
-    """The at most `n` commonest errors as (actual, predicted, images), from a confusion matrix."""
-    errors = counts - counts.diag().diag()
-    order = errors.flatten().argsort(descending=True, stable=True)[:n].tolist()
-    pairs = [(divmod(i, len(vocab)), errors.flatten()[i].item()) for i in order]
-    return [(vocab[a], vocab[p], k) for (a, p), k in pairs if k]
+def most_confused(counts: Tensor, vocab: list[str], n: int = 10) -> pd.DataFrame:
+    """The at most `n` commonest errors as `actual, predicted, images`, from a confusion matrix."""
+    errors = pd.DataFrame((counts - counts.diag().diag()).numpy(), vocab, vocab).rename_axis('actual')
+    errors = errors.rename_axis('predicted', axis=1).stack().reset_index(name='images')
+    return errors[errors.images > 0].nlargest(n, 'images')
 
 
-def misclassified(log_probs: Tensor, dls: DataLoaders) -> tuple[list[dict], Tensor]:
+def misclassified(log_probs: Tensor, dls: DataLoaders) -> pd.DataFrame:
     """Every wrong test image as `file, actual, predicted, probability, loss`, the largest loss first.
 
-    `log_probs` (N, classes) float, in the order of `dls.valid_ds.items`. Also returns the images' places there, (n,)
-    int64.
+    `log_probs` (N, classes) float, in the order of `dls.valid_ds`. The index is an image's place there.
     """
-    vocab, files, targets = dls.vocab, dls.valid_ds.items, dls.valid_ds.labels.cpu()
-    losses = F.nll_loss(log_probs, targets, reduction='none')
+    targets, vocab = dls.valid_ds.labels.cpu(), np.array(dls.vocab)
     log_prob, predicted = log_probs.max(dim=1)
-    wrong = (predicted != targets).nonzero()[:, 0]
-    wrong = wrong[losses[wrong].argsort(descending=True, stable=True)]
-    rows = [dict(file=files[i].relative_to(dls.path).as_posix(), actual=vocab[targets[i]],
-                 predicted=vocab[predicted[i]], probability=log_prob[i].exp().item(), loss=losses[i].item())
-            for i in wrong.tolist()]
-    return rows, wrong
+    table = pd.DataFrame(dict(
+        file=[f.relative_to(dls.path).as_posix() for f in dls.valid_ds.items], actual=vocab[targets],
+        predicted=vocab[predicted], probability=log_prob.exp(), loss=F.nll_loss(log_probs, targets, reduction='none')))
+    return table[(predicted != targets).numpy()].sort_values('loss', ascending=False, kind='stable')
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
@@ -115,7 +109,7 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
 def aligned(table: pd.DataFrame) -> str:
     """The rows of `table`, a line each, in aligned columns; shares as percentages."""
     with pd.option_context('display.unicode.east_asian_width', True):  # some letters are two columns wide
-        return table.to_string(index=False, float_format='{:.1%}'.format)
+        return table.to_string(index=False, float_format='{:.1%}'.format, na_rep='–')
 
 
 def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
@@ -125,16 +119,14 @@ def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[
     """
     def accuracy(p): return (p.argmax(1) == targets).float().mean()
     counts = confusion_matrix(log_probs, targets)
-    classes = [(c, f'{n:,}', percent(recall), percent(precision))
-               for c, n, recall, precision in class_scores(counts, vocab)]
-    confused = pd.DataFrame(most_confused(counts, vocab), columns=['actual', 'most often taken for', 'images'])
+    confused = most_confused(counts, vocab)
     return f'''{len(targets):,} images of {len(targets.unique())} classes
 accuracy                     {accuracy(log_probs):.2%}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean log-probability of image and mirror)
 
-{aligned(pd.DataFrame(classes, columns=['class', 'images', 'recall', 'precision']))}
+{aligned(class_scores(counts, vocab))}
 
-{aligned(confused) if len(confused) else 'Every image is classified correctly.'}'''
+{"Most confused:" + chr(10) + aligned(confused) if len(confused) else 'Every image is classified correctly.'}'''
 
 
 # argparse wants options first or last.

@@ -2,6 +2,8 @@
 import math
 import re
 
+import pandas as pd
+
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
 
 FINDER = """
@@ -38,22 +40,22 @@ def table(head: str, rows: list[tuple]) -> str:
     return '\n'.join([head, *(f'| {" | ".join(map(str, row))} |' for row in rows)])
 
 
-def run_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: int, classes: list[dict],
-               confused: list[tuple[str, str, int]]) -> str:
+def run_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: int, classes: pd.DataFrame,
+               confused: pd.DataFrame) -> str:
     """A run on one page of Markdown, its figures included.
 
-    `m` are its metrics and `command` started it; `history`, `schedule` and `classes` are the rows of history.csv,
-    schedule.csv and classes.csv, `wrong` is the number of misclassified images and `confused` the commonest errors as
-    (actual, predicted, images).
+    `m` are its metrics and `command` started it; `history` and `schedule` are the rows of history.csv and schedule.csv,
+    `classes` is classes.csv, `wrong` the number of misclassified images, `confused` the commonest errors as
+    `actual, predicted, images`.
     """
     o, one, last = m['options'], history[0], history[-1]
     peak, per_epoch = max(schedule, key=lambda row: row['lr']), len(schedule) // m['epochs']
     start, top, end = rate(schedule[0]['lr']), rate(peak['lr']), rate(schedule[-1]['lr'])
     finder, over, smoothing = not o['lr_min'], m['first_epoch_over_90'], o['label_smoothing']
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
-    errors = ', '.join(f'{escaped(a)} → {escaped(p)} ({k})' for a, p, k in confused) or 'none'
-    by_recall = sorted(classes, key=lambda row: row['recall'])
-    shown = classes if len(classes) <= 20 else [*by_recall[:10], *by_recall[-5:]]
+    errors = ', '.join(f'{escaped(a)} → {escaped(p)} ({k})' for a, p, k in confused.itertuples(index=False)) or 'none'
+    by_recall = classes.sort_values('recall', kind='stable')
+    shown = classes if len(classes) <= 20 else pd.concat([by_recall[:10], by_recall[-5:]])
     some = '' if shown is classes else f'\n\nThe 10 worst and the 5 best of {len(classes)} classes, by recall.'
 
     numbers = table('| | this run | reference solution, CIFAR-10 |\n|---|--:|--:|', [
@@ -80,8 +82,8 @@ def run_report(m: dict, command: str, history: list[dict], schedule: list[dict],
         ('test images', '10,000', f'{m["test_images"]:,}'),
         ('test accuracy', '90%', f'{m["test_accuracy"]:.2%}')])
     scores = table('| class | images | recall | precision |\n|---|--:|--:|--:|', [
-        (escaped(row['class']), f'{row["images"]:,}', percent(row['recall']), percent(row['precision']))
-        for row in shown])
+        (escaped(c), f'{n:,}', percent(recall), percent(precision))
+        for c, n, recall, precision in shown.itertuples(index=False)])
 
     return f'''# A ResNet that finds its own learning rates
 {TASTE if o['taste'] else ''}

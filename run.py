@@ -44,9 +44,9 @@ def write_whole(file: Path, content: bytes):
         raise OSError(e.errno, e.strerror, str(file)) from e  # a full disk does not say where
 
 
-def save_csv(file: Path, rows: list[dict], columns: list[str] | None = None):
-    """The `rows` as CSV, by way of `write_whole`."""
-    write_whole(file, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
+def save_csv(file: Path, table: pd.DataFrame):
+    """The `table` as CSV, by way of `write_whole`."""
+    write_whole(file, table.to_csv(index=False).encode())
 
 
 @functools.cache
@@ -125,7 +125,7 @@ class Checkpoint(Callback):
             rows=h.rows, schedule=h.schedule, seconds_training=h.seconds_training, seconds_total=self.seconds()))
         for name, rows, columns in (('history.csv', h.rows, list(History.columns)),
                                     ('schedule.csv', h.schedule, ['batch', 'lr', 'momentum'])):
-            with optional(self.path/name): save_csv(self.path/name, rows, columns)
+            with optional(self.path/name): save_csv(self.path/name, pd.DataFrame(rows, columns=columns))
 
     def restore(self, s: dict):
         self.learn.first_epoch = s['epochs_done']

@@ -83,7 +83,7 @@ def saved_lrs(learn: Learner) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `find_lrs`, whose curve is left in the run's folder. Raises `RunError`."""
     lrs = find_lrs(learn)
     curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
-    save_csv(learn.path/'lr_find.csv', [dict(lr=lr, loss=loss) for lr, loss in zip(*curve, strict=True)])
+    save_csv(learn.path/'lr_find.csv', pd.DataFrame(dict(zip(('lr', 'loss'), curve, strict=True))))
     save_figure(learn.path/'lr_find.png', figures.lr_finder, *curve, *lrs)
     return lrs
 
@@ -97,9 +97,7 @@ def save_results(run: Run, learn: Learner, **found) -> dict:
     log_probs = get_log_probs(learn, dls.valid_ds.images)
     targets = dls.valid_ds.labels.cpu()
     counts = confusion_matrix(log_probs, targets)
-    rows, places = misclassified(log_probs, dls)
-    classes = [dict(zip(('class', 'images', 'recall', 'precision'), row, strict=True))
-               for row in class_scores(counts, dls.vocab)]
+    wrong, classes = misclassified(log_probs, dls), class_scores(counts, dls.vocab)
     metrics = dict(
         **found, epochs=o.epochs, batch_size=o.bs, seed=o.seed, device=device_name(dls.device),
         **{k: h.rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
@@ -108,14 +106,14 @@ def save_results(run: Run, learn: Learner, **found) -> dict:
         test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=run.fingerprint,
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         options=vars(o))
-    save_csv(out/'misclassified.csv', rows, ['file', 'actual', 'predicted', 'probability', 'loss'])
+    save_csv(out/'misclassified.csv', wrong)
     save_csv(out/'classes.csv', classes)
     write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
-    report = run_report(metrics, command_line(vars(o)), h.rows, h.schedule, len(rows), classes,
+    report = run_report(metrics, command_line(vars(o)), h.rows, h.schedule, len(wrong), classes,
                         most_confused(counts, dls.vocab, 3))
     write_whole(out/'report.md', report.encode())
     save_state(out/'model.pth', learn.model.state_dict())
-    save_figure(out/'misclassified.png', figures.misclassified, dls.valid_ds.images[places[:10]], rows)
+    save_figure(out/'misclassified.png', figures.misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
     save_figure(out/'confusion_matrix.png', figures.confusion_matrix, counts, dls.vocab)
     losses = F.nll_loss(log_probs, targets, reduction='none')
     save_figure(out/'top_losses.png', figures.top_losses, learn, losses)

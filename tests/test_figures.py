@@ -1,5 +1,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import make_folder, one_cycle
@@ -70,14 +71,14 @@ def test_history_has_the_90_percent_line_and_says_which_set_is_which():
 
 
 def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
-    rows = [dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10, loss=1)
-            for i in range(3)]
-    fig = figures.misclassified(decode_images([folder/row['file'] for row in rows]), rows)
+    wrong = pd.DataFrame([dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10)
+                          for i in range(3)])
+    fig = figures.misclassified(decode_images([folder/file for file in wrong.file]), wrong)
     shown = [ax for ax in fig.axes if ax.images]
     assert [ax.get_title() for ax in shown] == [f'red → $b$ ({p}%)' for p in (90, 80, 70)]
-    for ax, row in zip(shown, rows, strict=True):
+    for ax, file in zip(shown, wrong.file, strict=True):
         image, = ax.images
-        assert (np.asarray(image.get_array()) == plt.imread(folder/row['file'], format='png') * 255).all()
+        assert (np.asarray(image.get_array()) == plt.imread(folder/file, format='png') * 255).all()
         assert image.get_interpolation() == 'nearest'
         assert ax.title.get_parse_math() is False
     assert 'worst of 3' in fig.get_suptitle()
@@ -103,8 +104,8 @@ def test_names_of_many_classes_do_not_cover_each_other(n):
 
 
 def test_long_names_do_not_run_into_each_other():
-    rows = [dict(actual='an unreasonably long name', predicted='another unreasonably long name', probability=0.5)] * 10
-    fig = figures.misclassified(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), rows)
+    row = dict(actual='an unreasonably long name', predicted='another unreasonably long name', probability=0.5)
+    fig = figures.misclassified(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), pd.DataFrame([row] * 10))
     fig.draw_without_rendering()
     assert not overlapping([ax.title for ax in fig.axes[:5]])
 

@@ -212,8 +212,8 @@ def test_sixteen_bits(tmp_path, ending):
 
 def test_columns_of_any_letters_are_aligned():
     table = pd.DataFrame(dict(file=['猫.png', 'a.png', 'long name.png'], probability=[0.5, 1., 0.25]))
-    assert predict.aligned(table).splitlines() == [
-        '         file  probability', '       猫.png        50.0%', '        a.png       100.0%', 'long name.png        25.0%']
+    assert predict.aligned(table).splitlines() == ['         file  probability', '       猫.png        50.0%',
+                                                   '        a.png       100.0%', 'long name.png        25.0%']
 
 
 def floating_point(tmp_path): Image.fromarray(np.zeros((32, 32), 'float32')).save(tmp_path/'float.tif')
@@ -341,19 +341,27 @@ def test_predicting_needs_no_home(run, data, tmp_path, monkeypatch, capsys):
 COUNTS, VOCAB = torch.tensor([[7, 2, 1], [0, 10, 0], [4, 1, 0]]), ['cat', 'd|g', 'eel']
 
 
+def rows(table): return list(table.itertuples(index=False, name=None))
+
+
 def test_class_scores():
-    assert class_scores(COUNTS, VOCAB) == [('cat', 10, torch.tensor(7 / 10).item(), torch.tensor(7 / 11).item()),
-                                           ('d|g', 10, 1, torch.tensor(10 / 13).item()), ('eel', 5, 0, 0)]
-    *_, (_, n, recall, precision) = class_scores(torch.tensor([[3, 0], [0, 0]]), ['a', 'b'])
+    scores = class_scores(COUNTS, VOCAB)
+    assert list(scores) == ['class', 'images', 'recall', 'precision']
+    assert rows(scores) == [('cat', 10, 7 / 10, 7 / 11), ('d|g', 10, 1, 10 / 13), ('eel', 5, 0, 0)]
+    _, (_, n, recall, precision) = rows(class_scores(torch.tensor([[3, 0], [0, 0]]), ['a', 'b']))
     assert n == 0
     assert math.isnan(recall)
     assert math.isnan(precision)
 
 
 def test_most_confused():
-    assert most_confused(COUNTS, VOCAB) == [('eel', 'cat', 4), ('cat', 'd|g', 2), ('cat', 'eel', 1), ('eel', 'd|g', 1)]
-    assert most_confused(COUNTS, VOCAB, 1) == [('eel', 'cat', 4)]
-    assert most_confused(COUNTS.diag().diag(), VOCAB) == []
+    confused = most_confused(COUNTS, VOCAB)
+    assert list(confused) == ['actual', 'predicted', 'images']
+    assert rows(confused) == [('eel', 'cat', 4), ('cat', 'd|g', 2), ('cat', 'eel', 1), ('eel', 'd|g', 1)]
+    assert rows(most_confused(COUNTS, VOCAB, 1)) == [('eel', 'cat', 4)]
+    assert rows(most_confused(COUNTS.diag().diag(), VOCAB)) == []
+    evaluation = predict.evaluation(*[torch.eye(3).log()] * 2, torch.arange(3), VOCAB)
+    assert evaluation.endswith('Every image is classified correctly.')
 
 
 def test_misclassified_against_a_count_by_hand(folder):
@@ -365,11 +373,11 @@ def test_misclassified_against_a_count_by_hand(folder):
         counts[actual, predicted] += 1
         if actual != predicted: expected.append((-p[actual], i, file, actual, math.exp(p[predicted]), predicted))
     expected.sort(reverse=True)
-    found, places = misclassified(log_probs, dls)
-    assert 0 < len(found) < 12
-    assert places.tolist() == [i for _, i, *_ in expected]
-    for row, (loss, _, file, actual, probability, predicted) in zip(found, expected, strict=True):
-        assert folder/row['file'] == file
-        assert (row['actual'], row['predicted']) == (dls.vocab[actual], dls.vocab[predicted])
-        assert (row['loss'], row['probability']) == pytest.approx((loss, probability))
+    wrong = misclassified(log_probs, dls)
+    assert 0 < len(wrong) < 12
+    assert list(wrong) == ['file', 'actual', 'predicted', 'probability', 'loss']
+    for row, (loss, i, file, actual, probability, predicted) in zip(wrong.itertuples(), expected, strict=True):
+        assert (row.Index, folder/row.file) == (i, file)
+        assert (row.actual, row.predicted) == (dls.vocab[actual], dls.vocab[predicted])
+        assert (row.loss, row.probability) == pytest.approx((loss, probability))
     assert confusion_matrix(log_probs, dls.valid_ds.labels).equal(counts)

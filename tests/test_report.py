@@ -1,5 +1,4 @@
 import json
-from collections import Counter
 
 import pandas as pd
 import pytest
@@ -17,9 +16,9 @@ HISTORY = [dict(train_loss=1.5, test_loss=1.25), dict(train_loss=0.05, test_loss
 SCHEDULE = [dict(batch=i + 1, lr=one_cycle(i, 24 * 97, 1.6e-4, 2.3e-3)) for i in range(24 * 97)]
 
 
-CLASSES = [dict(zip(('class', 'images', 'recall', 'precision'), row, strict=True))
-           for row in (('cat', 10, 0.7, 7 / 11), ('d|g', 10, 1., 10 / 13), ('eel', 5, 0., float('nan')))]
-CONFUSED = [('eel', 'cat', 4), ('cat', 'd|g', 2)]
+CLASSES = pd.DataFrame([('cat', 10, 0.7, 7 / 11), ('d|g', 10, 1., 10 / 13), ('eel', 5, 0., float('nan'))],
+                       columns=['class', 'images', 'recall', 'precision'])
+CONFUSED = pd.DataFrame([('eel', 'cat', 4), ('cat', 'd|g', 2)])
 PUBLISHED = ROOT/'docs/cifar10'
 
 
@@ -29,11 +28,11 @@ def report(classes=CLASSES, **changes):
 
 def test_the_published_report_is_that_of_the_published_files():
     m = json.loads((PUBLISHED/'metrics.json').read_text())
-    history, schedule, wrong, classes = (pd.read_csv(PUBLISHED/f'{name}.csv').to_dict('records') for name in (
+    history, schedule, wrong, classes = (pd.read_csv(PUBLISHED/f'{name}.csv') for name in (
         'history', 'schedule', 'misclassified', 'classes'))
-    pairs = Counter((row['actual'], row['predicted']) for row in wrong)
-    confused = [(*pair, n) for pair, n in sorted(pairs.items(), key=lambda o: (-o[1], o[0]))[:3]]
-    text = run_report(m, command_line(m['options']), history, schedule, len(wrong), classes, confused)
+    confused = wrong.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(3, 'images')
+    text = run_report(m, command_line(m['options']), history.to_dict('records'), schedule.to_dict('records'),
+                      len(wrong), classes, confused)
     assert (PUBLISHED/'report.md').read_text() == text
     assert m['test_accuracy'] == pytest.approx(1 - len(wrong) / 10_000)
 
@@ -66,7 +65,7 @@ def test_it_says_what_was_different():
 
 
 def test_of_many_classes_the_worst_and_the_best_are_listed():
-    many = [dict(CLASSES[0], recall=i / 100) | {'class': f'c{i}'} for i in range(100)]
+    many = pd.DataFrame([(f'c{i}', 10, i / 100, 0.5) for i in range(100)], columns=list(CLASSES))
     text = report(classes=many)
     listed = [line.split('|')[1].strip() for line in text.splitlines() if line.startswith('| c')]
     assert listed == ['class', *(f'c{i}' for i in range(10)), *(f'c{i}' for i in range(95, 100))]

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from conftest import Malicious
@@ -58,7 +59,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_csv_without_rows_has_its_header(tmp_path):
-    save_csv(tmp_path/'x.csv', [], ['a', 'b'])
+    save_csv(tmp_path/'x.csv', pd.DataFrame([], columns=['a', 'b']))
     assert (tmp_path/'x.csv').read_text() == 'a,b\n'
 
 
