@@ -9,7 +9,7 @@ from errors import RunError
 
 def is_training_run(learn: Learner) -> bool:
     """Is `learn` in training proper? `lr_find`, `get_preds`, `validate` and `summary` fire some of its events, too."""
-    return learn.fitting and not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
+    return getattr(learn, 'fitting', True) and not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
 
 
 class TrainingCallback(Callback):
@@ -39,15 +39,6 @@ class SeedEpochs(Callback):
 
     def after_train(self):
         if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
-
-
-class SmoothLoss(AvgSmoothLoss):
-    """fastai's smoothed loss, which does not wait for the GPU at every batch."""
-
-    def accumulate(self, learn: Learner):
-        loss = learn.loss.detach().mean()
-        self.count += 1
-        self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
 
 
 class MeanOfRanks(Callback):
@@ -165,11 +156,6 @@ class StopOnNaN(TrainingCallback):
         raise CancelFitException
 
 
-def averaged(model: nn.Module) -> list[Tensor]:
-    """What of a model is averaged: its weights, and the statistics of its batch norms."""
-    return [t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-
-
 class MovingAverage:
     """An exponential moving average of a model's weights, and of batch norm's statistics, in the copy `module`.
 
@@ -179,7 +165,8 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.module, self.decay, self.steps = deepcopy(model), decay, 0
-        self.average, self.latest = averaged(self.module), averaged(model)
+        self.average, self.latest = ([t.data for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
+                                     for m in (self.module, model))
 
     def update(self):
         """Takes in the model's weights after a step."""

@@ -10,17 +10,7 @@ from fastai.callback.schedule import valley
 from fastai.vision.all import *
 
 from arch import ResNet
-from callbacks import (
-    CUDAGraph,
-    History,
-    MeanOfRanks,
-    PlainLog,
-    Precision,
-    SeedEpochs,
-    SmoothLoss,
-    StopOnNaN,
-    WeightAverage,
-)
+from callbacks import CUDAGraph, History, MeanOfRanks, PlainLog, Precision, SeedEpochs, StopOnNaN, WeightAverage
 from data import SHOW_PROGRESS
 from distributed import RANK, RANKS, leave_the_word, lost
 from errors import InputError, RunError, one_line
@@ -38,6 +28,15 @@ class CrossEntropy(CrossEntropyLossFlat):
     def __call__(self, inp: Tensor, targ: Tensor, **kwargs) -> Tensor:
         self.func.label_smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.
         return super().__call__(inp, targ, **kwargs)
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss, which does not wait for the GPU at every batch."""
+
+    def accumulate(self, learn: Learner):
+        self.count += 1
+        start = self.val.to(learn.loss.device, non_blocking=True)
+        self.val = torch.lerp(learn.loss.detach().mean(), start, self.beta)
 
 
 class SideBySideConv2d(nn.Conv2d):
@@ -137,7 +136,7 @@ def weight_decay_groups(model: nn.Module, wd: float) -> list[dict]:
 
 
 def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path: str | Path = '.', ema: float = 0.99,
-                wd: float = 0.1, label_smoothing: float = 0.1, eps: float = 1e-5, width: int = 64) -> Learner:
+                wd: float = 0.1, label_smoothing: float = 0.1, width: int = 64) -> Learner:
     """A fastai `Learner` of the assignment's network for `dls`; whatever it saves goes to `path`.
 
     The optimizer is torch's fused AdamW with the hyper-parameters of fastai's `Adam`, whose steps it takes (to
@@ -164,7 +163,7 @@ def get_learner(dls: DataLoaders, precision: str = 'auto', seed: int = 42, path:
     if ema: cbs.append(WeightAverage(ema))
     learn = RobustLearner(
         dls, model, loss_func=CrossEntropy(label_smoothing=label_smoothing), metrics=accuracy, cbs=cbs, path=path,
-        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=eps, fused=True),
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.95, 0.99), eps=1e-5, fused=True),
         splitter=partial(weight_decay_groups, wd=wd))
     learn.recorder.train_metrics, learn.recorder.smooth_loss = True, SmoothLoss()
     if not SHOW_PROGRESS: learn.remove_cb(ProgressCallback).add_cb(PlainLog())
@@ -208,14 +207,20 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
     return 0.4 * middle.item(), (middle.item(), losses[(lrs - middle).abs().argmin()])
 
 
+def finder_batches(bs: int) -> int:
+    """How many batches of `bs` images the finder takes: 100, and more of small ones, whose losses are noisy."""
+    return max(100, 3200 // bs)
+
+
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
     Raises `RunError` where the finder's answer is of no use.
     """
+    num_it = finder_batches(learn.dls.bs)
     try:
         with tempfile.TemporaryDirectory() as tmp, contextlib.contextmanager(replacing_yield)(learn, 'model_dir', tmp):
-            lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=show_plot)
+            lr_min, lr_max = learn.lr_find(num_it=num_it, suggest_funcs=(valley, basin), show_plot=show_plot)
     except (IndexError, ValueError) as e:  # of too few finite losses
         raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
     if not 0 < lr_min < float('inf') or not 0 < lr_max < float('inf'):

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 import zipfile
+from datetime import datetime
 from types import SimpleNamespace
 
 from fastai.vision.all import *
@@ -190,8 +191,7 @@ class Run:
         if resume is None:
             check_options(**options)
             if options['taste']: options = tasted(options)
-            self.default = options['out'] is None
-            self.folder = Path(options['out'] or time.strftime('runs/%Y-%m-%d-%H%M%S'))
+            self.folder = Path(options['out'] or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')  # unlike any other
             by_first(self.check_free)
         else:
             if more := given - {'data'}:
@@ -248,15 +248,8 @@ class Run:
 
     def made_folder(self) -> Path:
         """The run's folder, made and locked. Raises `InputError`."""
-        wanted = self.folder
-        for n in itertools.count(2):
-            try:
-                self.folder.mkdir(parents=True, exist_ok=not self.default)
-                break
-            except OSError as e:
-                if not (self.default and isinstance(e, FileExistsError)):
-                    raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-                self.folder = wanted.with_name(f'{wanted.name}-{n}')  # another run began in the same second
+        try: self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
         self.lock()
         self.check_free()  # another run may have come first
         return self.folder

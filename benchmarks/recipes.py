@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import functional as TF
 from callbacks import MovingAverage
 from data import MEAN_COLOUR, PadCrop, get_data, get_dls
 from errors import InputError
-from learner import basin, device_name, find_lrs, get_learner
+from learner import basin, device_name, find_lrs, finder_batches, get_learner
 from predict import get_log_probs
 from run import Checkpoint, load_run, load_state, locked, write_whole
 from train_fastai import PCT_START
@@ -124,7 +124,8 @@ def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path, 
 def find(dls: DataLoaders, seed: int, folder: str) -> dict:
     """The curve of the finder and all that can be read from it; the experiment's two are `valley` and `basin`."""
     learn = get_learner(dls, seed=seed, path=folder)
-    found = learn.lr_find(suggest_funcs=(valley, basin, minimum, steep, slide), show_plot=False)
+    suggest = valley, basin, minimum, steep, slide
+    found = learn.lr_find(num_it=finder_batches(dls.bs), suggest_funcs=suggest, show_plot=False)
     return dict(found._asdict(), seed=seed, device=device_name(dls.device), lrs=learn.recorder.lrs,
                 losses=[float(loss) for loss in learn.recorder.losses])
 
@@ -140,7 +141,8 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs
     padding = MeanColourPadCrop(4) if arm.get('pad') == 'mean-colour' else PadCrop(4)
     tfms = [padding if isinstance(tfm, PadCrop) else tfm for tfm in dls.train.after_item.fs]
     learn = get_learner(DataLoaders(dls.train.new(after_item=Pipeline(tfms)), dls.valid), seed=seed, path=folder,
-                        ema=0, **{k: v for k, v in arm.items() if k in ('wd', 'label_smoothing', 'eps')})
+                        ema=0, **{k: v for k, v in arm.items() if k in ('wd', 'label_smoothing')})
+    if 'eps' in arm: learn.opt_func = partial(learn.opt_func, eps=arm['eps'])
     file = folder/Checkpoint.file
     state = load_state(file) if file.exists() else None
     averages = WeightAverages(header := {}, state)
