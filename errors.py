@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 
+from fastcore.imports import IN_IPYTHON
 from fastcore.script import is_cli
 
 from distributed import RANK, leave_the_word, lost
@@ -34,7 +35,9 @@ def end_quietly_while_importing(program: str):
 
     From here on a character that the terminal's encoding lacks is replaced.
     """
-    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')
+    if IN_IPYTHON: return  # with `%run`, in a session that has its own ways and goes on
+    for stream in filter(None, (sys.stdout, sys.stderr)): stream.reconfigure(errors='replace')
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115, it was closed
 
     def end(number, _):
         os.write(2, f'{program}: interrupted\n'.encode())
@@ -66,7 +69,7 @@ def one_line_errors(program: str):
     """
     silent = RANK > 0
     try:
-        if is_cli():
+        if is_cli() and not IN_IPYTHON:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, terminate)
         yield

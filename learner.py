@@ -207,9 +207,12 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
     return 0.4 * middle.item(), (middle.item(), losses[(lrs - middle).abs().argmin()])
 
 
-def finder_batches(bs: int) -> int:
-    """How many batches of `bs` images the finder takes: 100, and more of small ones, whose losses are noisy."""
-    return max(100, 3200 // bs)
+def finder_batches(dls: DataLoaders) -> int:
+    """How many batches the finder takes: 100, and more of small ones, whose losses are noisy.
+
+    They have 6,400 images then, or all of a small data set eight times.
+    """
+    return max(100, min(6400 // dls.bs, 8 * len(dls.train)))
 
 
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
@@ -217,7 +220,7 @@ def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
 
     Raises `RunError` where the finder's answer is of no use.
     """
-    num_it = finder_batches(learn.dls.bs)
+    num_it = finder_batches(learn.dls)
     try:
         with tempfile.TemporaryDirectory() as tmp, contextlib.contextmanager(replacing_yield)(learn, 'model_dir', tmp):
             lr_min, lr_max = learn.lr_find(num_it=num_it, suggest_funcs=(valley, basin), show_plot=show_plot)

@@ -125,7 +125,7 @@ def find(dls: DataLoaders, seed: int, folder: str) -> dict:
     """The curve of the finder and all that can be read from it; the experiment's two are `valley` and `basin`."""
     learn = get_learner(dls, seed=seed, path=folder)
     suggest = valley, basin, minimum, steep, slide
-    found = learn.lr_find(num_it=finder_batches(dls.bs), suggest_funcs=suggest, show_plot=False)
+    found = learn.lr_find(num_it=finder_batches(dls), suggest_funcs=suggest, show_plot=False)
     return dict(found._asdict(), seed=seed, device=device_name(dls.device), lrs=learn.recorder.lrs,
                 losses=[float(loss) for loss in learn.recorder.losses])
 
