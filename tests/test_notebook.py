@@ -15,12 +15,17 @@ def test_it_runs_from_top_to_bottom_on_a_small_folder_and_shows_its_figures(fold
     for old, new in (('data = None', f'data = {str(folder)!r}'), ('1, 24, 512', '1, 3, 6')):
         assert settings.source.count(old) == 1
         settings.source = settings.source.replace(old, new)
+    ways_to_run = nbformat.v4.new_code_cell(
+        f'%run train_fastai.py --data {folder} --out run --epochs 1 --bs 6 --lr-min 1e-4 --lr-max 1e-3\n'
+        f'%run predict.py run {folder}/test/red/0.png\n'
+        'import signal; assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL')
+    nb.cells.append(ways_to_run)
     NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
     shown = [[o for o in cell.outputs if o.output_type != 'stream' and 'image/png' in o.data]
              for cell in nb.cells if cell.cell_type == 'code']
-    assert [len(images) for images in shown] == [0, 1, 1, 0, 2, 1, 2, 0]  # batch, finder, two curves, errors, losses
+    assert [len(images) for images in shown] == [0, 1, 1, 0, 2, 1, 2, 0, 0]  # batch, finder, two curves, errors, losses
     printed = '\n'.join(o.text for cell in nb.cells for o in cell.get('outputs', []) if o.output_type == 'stream')
-    for part in ('103,499 parameters', 'LRMIN', 'LRMAX'): assert part in printed
+    for part in ('103,499 parameters', 'LRMIN', 'LRMAX', 'run finished', 'test/red/0.png'): assert part in printed
 
 
 def test_it_is_committed_without_outputs():
