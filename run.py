@@ -269,12 +269,13 @@ class Run:
         self.stack.close()
         gone = isinstance(e, RuntimeError) and lost(e)
         if not (gone or isinstance(e, KeyboardInterrupt | OSError)): return
-        again = self.resume_command if os.path.exists(self.folder/Checkpoint.file) else 'nothing was trained yet'
+        resumable = os.path.exists(self.folder/Checkpoint.file)
+        again = self.resume_command if resumable else 'nothing was trained yet'
         if isinstance(e, KeyboardInterrupt): raise KeyboardInterrupt(e.args[0] if e.args else 130, again) from e
         if gone: raise RunError(f'another process of the run has ended, or cannot be reached; {again}') from e
         if isinstance(e, BrokenPipeError): raise RunError(f'nobody reads the output any more; {again}') from e
         culprit = f'{e.filename}: {e.strerror}' if e.filename else one_line(e)
-        raise RunError(f'{culprit}; once that is fixed, {again}') from e
+        raise RunError(f'{culprit}; {"once that is fixed, " * resumable}{again}') from e
 
 
 def load_run(run: str | Path, with_data: bool = True) -> Learner:

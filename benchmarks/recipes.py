@@ -26,7 +26,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
 
-from fastai.callback.schedule import minimum, slide, steep, valley
+from fastai.callback.schedule import minimum, valley
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from torchvision.transforms.v2 import functional as TF
@@ -122,10 +122,9 @@ def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path, 
 
 
 def find(dls: DataLoaders, seed: int, folder: str) -> dict:
-    """The curve of the finder and all that can be read from it; the experiment's two are `valley` and `basin`."""
+    """The curve of the finder and what can be read from it; the experiment's two are `valley` and `basin`."""
     learn = get_learner(dls, seed=seed, path=folder)
-    suggest = valley, basin, minimum, steep, slide
-    found = learn.lr_find(num_it=finder_batches(dls), suggest_funcs=suggest, show_plot=False)
+    found = learn.lr_find(num_it=finder_batches(dls), suggest_funcs=(valley, basin, minimum), show_plot=False)
     return dict(found._asdict(), seed=seed, device=device_name(dls.device), lrs=learn.recorder.lrs,
                 losses=[float(loss) for loss in learn.recorder.losses])
 

@@ -35,12 +35,14 @@ AVERAGED = """Each run also keeps exponential moving averages of its weights. "M
 than the first row, over the seeds that both have, in points."""
 HELD_OUT = """Accuracy on a tenth of the training images, which was held out; the test set was not looked at and
 chooses nothing."""
+OPTION = r'(epochs|every|bs)-(\d+)'  # in the names of folders
 WORDS = dict(
     seeds="""`python train_fastai.py` as it is, under several seeds, and with a quarter of LRMAX (and `--ema 0.995`),
 which was the default when the first results came. Each run finds its own learning rates.""",
     test=f"""Recipes on all training images, with the test set, which reports and chooses nothing. {AVERAGED}""",
-    finder="""What can be read from the finder's curve; the experiment uses the first two columns. `basin` is this
-project's own, the other suggestions are fastai's.""",
+    finder="""The rates that the program finds, from least to largest, for several sizes of batches and data sets.
+The finder takes 100 batches, and of batches smaller than 64 so many that it has 6,400 images. `minimum` is fastai's
+suggestion for the peak. The curves are those of batches of 512 from all images.""",
     schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
 literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. Made by an earlier version of
 `recipes.py`: the plain recipe (weight decay 0.01, no smoothing, padding with the mean colour), with averages of a
@@ -48,8 +50,6 @@ constant decay, which in so short a run still hold the beginnings. All else is e
     peak=f"""{HELD_OUT} LRMAX as found, a third of it, or three times of it. {AVERAGED}""",
     ingredients=f"""{HELD_OUT} A recipe's name says how it differs from the default; each run finds its rates.
 {AVERAGED}""")
-SUGGESTIONS = dict(valley='`valley` (LRMIN)', basin='`basin` (LRMAX)', minimum='`minimum`', steep='`steep`',
-                   slide='`slide`')
 
 
 def load(folder: Path, arms: Iterable[str]) -> dict[str, list[dict]]:
@@ -85,12 +85,17 @@ def seeds_table(arms: dict[str, list[dict]]) -> str:
 
 
 def finder_table(arms: dict[str, list[dict]]) -> str:
-    """A row a seed: what fastai reads from its finder's curve."""
-    runs, = arms.values()
-    rows = [(r['seed'], *(rate(r[k]) for k in SUGGESTIONS)) for r in runs]
-    factors = [max(r[k] for r in runs) / min(r[k] for r in runs) for k in SUGGESTIONS]
-    rows.append(('largest / smallest', *(f'{o:,.0f}' if o > 1000 else f'{o:.3g}' for o in factors)))
-    return table(f'| seed | {" | ".join(SUGGESTIONS.values())} |\n|---|--:|--:|--:|--:|--:|', rows)
+    """A row a size of the batches and the data, `arms` by their options: how far apart the finder's rates are."""
+    rows = []
+    for options, runs in arms.items():
+        size = {option: int(value) for option, value in re.findall(OPTION, options)}
+        lr_min = sorted(min(r['valley'], r['basin'] / 10) for r in runs)  # as `find_lrs` has it
+        lr_max, minimum = (sorted(r[k] for r in runs) for k in ('basin', 'minimum'))
+        rows.append((size.get('bs', 512), f'{50_000 // size.get("every", 1):,}', len(runs),
+                     f'{rate(lr_min[0])} to {rate(lr_min[-1])}', f'{rate(lr_max[0])} to {rate(lr_max[-1])}',
+                     *(f'{rates[-1] / rates[0]:.2g}' for rates in (lr_max, minimum))))
+    head = 'batch size', 'images', 'seeds', 'LRMIN', 'LRMAX', 'largest / smallest LRMAX', 'the same of `minimum`'
+    return table(f'| {" | ".join(head)} |\n|--:|--:|--:|--:|--:|--:|--:|', sorted(rows, key=itemgetter(0, 1)))
 
 
 def recipes_table(arms: dict[str, list[dict]]) -> str:
@@ -133,8 +138,8 @@ def schedule_figure(arms: dict[str, list[dict]]) -> Figure:
 
 
 def finder_figure(arms: dict[str, list[dict]]) -> Figure:
-    """The finder's curves, with the two rates that a run takes from each."""
-    runs, = arms.values()
+    """The finder's curves for the first size of batches and data, with the two rates that a run takes from each."""
+    runs = next(iter(arms.values()))
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     for r in runs:
         line, = ax.plot(r['lrs'], r['losses'], label=f'seed {r["seed"]}')
@@ -181,22 +186,32 @@ def devices(arms: dict[str, list[dict]]) -> str:
     return '; '.join(f'{device} ({", ".join(dict.fromkeys(names))})' for device, names in sorted(used.items()))
 
 
+def command(name: str, size: str, arms: dict[str, list[dict]]) -> str:
+    """What `recipes.py` was called with for the `arms`; `size` is the name of their folder."""
+    seeds = sorted({r['seed'] for runs in arms.values() for r in runs})
+    some = f' --arms {",".join(arms)}' if arms.keys() != ARMS[name].keys() else ''
+    options = ''.join(f' --{option} {value}' for option, value in re.findall(OPTION, size))
+    return f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}{some}{options}'
+
+
 def page(folder: Path) -> str:
     """All tables of the results in `folder`, as Markdown; draws their figures into it."""
     parts = [HEAD, *(f.read_text().strip() for f in folder.glob('found.md'))]  # what somebody made of them
     for name in WORDS:
+        sections = {}  # by the folder of their files: the arms and commands
         for files in sorted({f.parent for f in folder.glob(f'{name}/**/*.json')}):
             if not (arms := load(files, ARMS[name])): continue  # the folder of a run
+            if name == 'finder':  # all sizes in one table
+                size = files.relative_to(folder/name).as_posix().strip('.')
+                all_sizes, commands = sections.setdefault(folder/name, ({}, []))
+                all_sizes[size] = arms['lr-find']
+                commands.append(command(name, size, arms))
+            else: sections[files] = arms, [command(name, f'epochs-{files.name}', arms)]
+        for files, (arms, commands) in sections.items():
             r, title = next(iter(arms.values()))[0], name.capitalize()
             if epochs := r.get('epochs'):
                 title += f', {epochs} epochs of {r["train_images"]:,} images, tested on {r["test_images"]:,}'
-            seeds = sorted({r['seed'] for runs in arms.values() for r in runs})
-            size = f'-epochs-{files.name}' if epochs else f'-{files.name}'
-            some = f' --arms {",".join(arms)}' if arms.keys() != ARMS[name].keys() else ''
-            command = ' '.join([f'python benchmarks/recipes.py {name} --seeds {",".join(map(str, seeds))}{some}',
-                                *(f'--{option} {value}'
-                                  for option, value in re.findall(r'-(epochs|every|bs)-(\d+)', size))])
-            parts += [f'## {title}', f'```\n{command}\n```', WORDS[name], TABLES[name](arms)]
+            parts += [f'## {title}', '\n'.join(['```', *commands, '```']), WORDS[name], TABLES[name](arms)]
             if name in FIGURES:
                 png = files.relative_to(folder).with_suffix('.png').as_posix().replace('/', '-')
                 save_figure(folder/png, FIGURES[name], arms)
