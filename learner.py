@@ -16,6 +16,7 @@ from distributed import RANK, RANKS, leave_the_word, lost
 from errors import InputError, RunError, one_line
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
+replaced = contextlib.contextmanager(replacing_yield)  # an object's attribute, for a while
 
 
 class CrossEntropy(CrossEntropyLossFlat):
@@ -207,25 +208,23 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
     return 0.4 * middle.item(), (middle.item(), losses[(lrs - middle).abs().argmin()])
 
 
-def finder_batches(dls: DataLoaders) -> int:
-    """How many batches the finder takes: 100, and more of small ones, whose losses are noisy.
-
-    They have 6,400 images then, or all of a small data set eight times.
-    """
-    return max(100, min(6400 // dls.bs, 8 * len(dls.train)))
-
-
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
-    Raises `RunError` where the finder's answer is of no use.
+    With small batches two finders may differ by a factor of twenty. Where they are smaller than 32, it runs seven, each
+    on other batches, and takes the one with the median LRMAX; its curve stays in the recorder. `learn` is one of
+    `get_learner`'s. Raises `RunError` where a finder's answer is of no use.
     """
-    num_it = finder_batches(learn.dls)
-    try:
-        with tempfile.TemporaryDirectory() as tmp, contextlib.contextmanager(replacing_yield)(learn, 'model_dir', tmp):
-            lr_min, lr_max = learn.lr_find(num_it=num_it, suggest_funcs=(valley, basin), show_plot=show_plot)
-    except (IndexError, ValueError) as e:  # of too few finite losses
-        raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
-    if not 0 < lr_min < float('inf') or not 0 < lr_max < float('inf'):
-        raise RunError('the LR finder gave no usable rates; set --lr-min and --lr-max')
+    found, seeds = [], learn.seed_epochs
+    for i in range(7 if learn.dls.bs < 32 and len(learn.dls.train) >= 25 else 1):
+        try:
+            with (tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp),
+                  replaced(seeds, 'seed', seeds.seed + i)):
+                lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=show_plot and not found)
+        except (IndexError, ValueError) as e:  # of too few finite losses
+            raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
+        if not 0 < lr_min < float('inf') or not 0 < lr_max < float('inf'):
+            raise RunError('the LR finder gave no usable rates; set --lr-min and --lr-max')
+        found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))
+    lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses = sorted(found)[len(found) // 2]
     return min(lr_min, lr_max / 10), lr_max

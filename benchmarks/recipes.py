@@ -26,7 +26,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
 
-from fastai.callback.schedule import minimum, valley
+from fastai.callback.schedule import minimum
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from torchvision.transforms.v2 import functional as TF
@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import functional as TF
 from callbacks import MovingAverage
 from data import MEAN_COLOUR, PadCrop, get_data, get_dls
 from errors import InputError
-from learner import basin, device_name, find_lrs, finder_batches, get_learner
+from learner import device_name, find_lrs, get_learner, replaced
 from predict import get_log_probs
 from run import Checkpoint, load_run, load_state, locked, write_whole
 from train_fastai import PCT_START
@@ -101,7 +101,7 @@ class MeanColourPadCrop(PadCrop):
 def accuracies(learn: Learner, model: nn.Module) -> dict[str, float]:
     """The accuracy of `model` on the test images of `learn`, plain and by flip averaging."""
     images, targets = learn.dls.valid_ds.images, learn.dls.valid_ds.labels.cpu()
-    with contextlib.contextmanager(replacing_yield)(learn, 'model', model):
+    with replaced(learn, 'model', model):
         plain, flipped = get_log_probs(learn, images), get_log_probs(learn, images.flip(-1))
     return dict(accuracy=accuracy(plain, targets).item(), accuracy_flip=accuracy(plain + flipped, targets).item())
 
@@ -122,11 +122,13 @@ def experiment(data: str | None, bs: int, seed: int, epochs: int, folder: Path, 
 
 
 def find(dls: DataLoaders, seed: int, folder: str) -> dict:
-    """The curve of the finder and what can be read from it; the experiment's two are `valley` and `basin`."""
+    """The experiment's learning rates, the finder's curve, and fastai's `minimum`, which it suggests for the peak."""
     learn = get_learner(dls, seed=seed, path=folder)
-    found = learn.lr_find(num_it=finder_batches(dls), suggest_funcs=(valley, basin, minimum), show_plot=False)
-    return dict(found._asdict(), seed=seed, device=device_name(dls.device), lrs=learn.recorder.lrs,
-                losses=[float(loss) for loss in learn.recorder.losses])
+    lr_min, lr_max = find_lrs(learn)
+    lrs, losses = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
+    suggested, _ = minimum(tensor(lrs[10:-5]), tensor(losses[10:-5]), 100)  # the part that `lr_find` looks at
+    return dict(lr_min=lr_min, lr_max=lr_max, minimum=suggested, seed=seed, device=device_name(dls.device), lrs=lrs,
+                losses=losses)
 
 
 def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs: tuple[float, float],

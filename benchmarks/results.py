@@ -41,8 +41,8 @@ WORDS = dict(
 which was the default when the first results came. Each run finds its own learning rates.""",
     test=f"""Recipes on all training images, with the test set, which reports and chooses nothing. {AVERAGED}""",
     finder="""The rates that the program finds, from least to largest, for several sizes of batches and data sets.
-The finder takes 100 batches, and of batches smaller than 64 so many that it has 6,400 images. `minimum` is fastai's
-suggestion for the peak. The curves are those of batches of 512 from all images.""",
+Each is one finder of 100 batches; of batches smaller than 32 it is the one with the median LRMAX of seven. `minimum` is
+fastai's suggestion for the peak. The curves are those of batches of 512 from all images.""",
     schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
 literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. Made by an earlier version of
 `recipes.py`: the plain recipe (weight decay 0.01, no smoothing, padding with the mean colour), with averages of a
@@ -89,8 +89,7 @@ def finder_table(arms: dict[str, list[dict]]) -> str:
     rows = []
     for options, runs in arms.items():
         size = {option: int(value) for option, value in re.findall(OPTION, options)}
-        lr_min = sorted(min(r['valley'], r['basin'] / 10) for r in runs)  # as `find_lrs` has it
-        lr_max, minimum = (sorted(r[k] for r in runs) for k in ('basin', 'minimum'))
+        lr_min, lr_max, minimum = (sorted(r[k] for r in runs) for k in ('lr_min', 'lr_max', 'minimum'))
         rows.append((size.get('bs', 512), f'{50_000 // size.get("every", 1):,}', len(runs),
                      f'{rate(lr_min[0])} to {rate(lr_min[-1])}', f'{rate(lr_max[0])} to {rate(lr_max[-1])}',
                      *(f'{rates[-1] / rates[0]:.2g}' for rates in (lr_max, minimum))))
@@ -143,7 +142,7 @@ def finder_figure(arms: dict[str, list[dict]]) -> Figure:
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     for r in runs:
         line, = ax.plot(r['lrs'], r['losses'], label=f'seed {r["seed"]}')
-        for k, marker in (('valley', 'o'), ('basin', 's')):
+        for k, marker in (('lr_min', 'o'), ('lr_max', 's')):
             i = min(range(len(r['lrs'])), key=lambda i: abs(r['lrs'][i] - r[k]))
             ax.plot(r['lrs'][i], r['losses'][i], marker, color=line.get_color())
     start, low = max(r['losses'][0] for r in runs), min(min(r['losses']) for r in runs)

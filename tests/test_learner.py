@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fit
+from conftest import fit, make_folder
 from fastai.vision.all import (
     Adam,
     Callback,
@@ -30,7 +30,6 @@ from learner import (
     best_precision,
     checked_precision,
     find_lrs,
-    finder_batches,
     get_learner,
     weight_decay_groups,
 )
@@ -227,10 +226,32 @@ def test_lrmax_is_at_least_ten_times_lrmin(dls, tmp_path, monkeypatch, found, lr
     assert find_lrs(get_learner(dls, path=tmp_path)) == (pytest.approx(lr_min), found[1])
 
 
-@pytest.mark.parametrize(('bs', 'images', 'expected'), [(512, 50_000, 100), (64, 1000, 100), (32, 1000, 200),
-                                                         (8, 1000, 800), (8, 400, 400), (8, 24, 100)])
-def test_the_finder_takes_more_of_small_batches(bs, images, expected):
-    assert finder_batches(SimpleNamespace(bs=bs, train=range(images // bs))) == expected
+@pytest.mark.parametrize(('bs', 'batches', 'finders'), [(31, 25, 7), (32, 25, 1), (8, 24, 1)])
+def test_of_several_finders_for_small_batches_the_median_is_taken(dls, tmp_path, monkeypatch, bs, batches, finders):
+    learn, seen = get_learner(dls, 'fp32', path=tmp_path, seed=5), []
+
+    def lr_find(self, **kwargs):
+        seen.append(self.seed_epochs.seed)
+        self.recorder.lrs, self.recorder.losses = [len(seen)], []
+        return 1e-6, (3e-3, 7e-3, 1e-3, 2e-3, 6e-3, 5e-3, 4e-3)[len(seen) - 1]
+    monkeypatch.setattr(learner.RobustLearner, 'lr_find', lr_find)
+    monkeypatch.setattr(learn, 'dls', SimpleNamespace(bs=bs, train=range(batches)))
+    lrs = find_lrs(learn)
+    assert seen == list(range(5, 5 + finders))
+    assert lrs == (1e-6, 4e-3 if finders > 1 else 3e-3)
+    assert learn.recorder.lrs == [finders], 'the curve is not that of the rates'
+    assert learn.seed_epochs.seed == 5
+
+
+def test_each_finder_sees_other_batches(tmp_path):
+    learn = get_learner(get_dls(make_folder(tmp_path/'d', train=34), bs=4), 'fp32', path=tmp_path)  # 25 batches
+    assert len(learn.dls.train) == 25
+    images = []
+    class See(Callback):
+        def after_batch(self):
+            if self.train_iter == 1: images.append(self.x.sum().item())
+    with learn.added_cbs(See()): find_lrs(learn)
+    assert len(set(images)) == len(images) == 7
 
 
 @pytest.mark.parametrize('bs', [4, 8, 24])

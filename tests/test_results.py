@@ -94,10 +94,10 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
     for seed, at in ((1, 1e-3), (2, 4e-3)):
         for table, times in (('finder', 1), ('finder/every-50-bs-8', 0.5)):
             put(tmp_path, table, f'lr-find-{seed}', seed=seed, lrs=[1e-4, 1e-3, 4e-3, 1e-1], losses=[2., 1., 0.5, 3.],
-                valley=1e-4, basin=times * at, minimum=at / 8 ** seed)
+                lr_min=times * 1e-4, lr_max=times * at, minimum=at / 8 ** seed)
     text = results.page(tmp_path)
     assert row(text, '512') == ['50,000', '2', '1.00·10⁻⁴ to 1.00·10⁻⁴', '1.00·10⁻³ to 4.00·10⁻³', '4', '2']
-    assert row(text, '8') == ['1,000', '2', '5.00·10⁻⁵ to 1.00·10⁻⁴', '5.00·10⁻⁴ to 2.00·10⁻³', '4', '2']
+    assert row(text, '8') == ['1,000', '2', '5.00·10⁻⁵ to 5.00·10⁻⁵', '5.00·10⁻⁴ to 2.00·10⁻³', '4', '2']
     ax, = results.finder_figure({'': results.load(tmp_path/'finder', ['lr-find'])['lr-find']}).axes
     marks = [tuple(float(o[0]) for o in line.get_data()) for line in ax.lines if line.get_marker() == 's']
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
