@@ -202,7 +202,7 @@ class BatchDL(TfmdDL):
 
 
 def decode_images(files: Sequence[Path]) -> Tensor:
-    """The `files` decoded on all cores: (N, 3, 32, 32) uint8 in channels-last memory. Raises `InputError`."""
+    """The `files` decoded, in threads: (N, 3, 32, 32) uint8 in channels-last memory. Raises `InputError`."""
     images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
     def decode(start: int):
@@ -214,7 +214,7 @@ def decode_images(files: Sequence[Path]) -> Tensor:
         images[start:start + CHUNK] = torch.stack([*decoded.values()])
 
     # Threads: the decoder lets others run, and worker processes need shared memory and a guarded script.
-    with ThreadPoolExecutor(defaults.cpus) as pool:
+    with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:  # many threads are slower: they queue for Python's lock
         try:
             starts = range(0, len(files), CHUNK)
             done = pool.map(decode, starts)
