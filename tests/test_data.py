@@ -1,6 +1,7 @@
 import os
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -401,6 +402,15 @@ def test_images_are_read_without_shared_memory_or_processes(folder, monkeypatch)
     monkeypatch.setattr(torch.utils.data, 'DataLoader', None)
     monkeypatch.setattr('multiprocessing.process.BaseProcess.start', None)
     assert decode_images(image_files(folder)).shape == (36, 3, 32, 32)
+
+
+def test_plain_images_are_left_to_torchvision_and_without_its_decoder_to_pillow(folder, monkeypatch):
+    files = image_files(folder)
+    with monkeypatch.context() as m:
+        m.setattr(Image, 'open', None)
+        fast = decode_images(files)
+    monkeypatch.setattr(torch.ops, 'image', SimpleNamespace())  # torchvision will remove it
+    assert decode_images(files).equal(fast)
 
 
 def test_cifar10_is_counted_as_it_is_loaded(folder, tmp_path, monkeypatch):

@@ -193,6 +193,22 @@ def test_an_interruption_leaves_no_autocast_behind(dls, tmp_path):
     assert len(learn.history.rows) == 2
 
 
+def test_an_interruption_is_told_after_every_callback_had_its_end(dls, tmp_path):
+    ended = []
+    class See(Callback):
+        def after_fit(self): ended.append(self.training)
+    learn = get_learner(dls, 'fp32', path=tmp_path)
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[See(), Interrupt()])
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[SaveModelCallback(), Interrupt()])  # whose end fails, too
+    assert ended == [True]
+
+
+def test_a_metrics_sum_stays_where_it_is_and_predictions_come_to_the_cpu(dls, tmp_path):
+    learn = get_learner(dls, 'fp32', path=tmp_path)
+    assert learn.to_detach(torch.ones((), device='meta')).is_meta
+    with pytest.raises(NotImplementedError): learn.to_detach(torch.ones(2, device='meta'))  # which has no data to move
+
+
 def test_an_interrupted_finder_leaves_the_weights_as_they_were(dls, tmp_path):
     learn = fit(get_learner(dls, 'fp32', path=tmp_path), 1)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
