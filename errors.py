@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 
-from fastcore.imports import IN_IPYTHON
+from fastcore.imports import IN_IPYTHON, noop
 from fastcore.script import is_cli
 
 from distributed import RANK, leave_the_word, lost
@@ -36,7 +36,7 @@ def end_quietly_while_importing(program: str):
     From here on a character that the terminal's encoding lacks is replaced.
     """
     if IN_IPYTHON: return  # with `%run`, in a session that has its own ways and goes on
-    for stream in filter(None, (sys.stdout, sys.stderr)): stream.reconfigure(errors='replace')
+    for stream in (sys.stdout, sys.stderr): getattr(stream, 'reconfigure', noop)(errors='replace')  # editors' lack it
     sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115, it was closed
 
     def end(number, _):
