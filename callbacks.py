@@ -16,7 +16,7 @@ class TrainingCallback(Callback):
     """A callback that sees training runs only."""
 
     def __call__(self, event_name: str):
-        if is_training_run(self.learn) and hasattr(type(self), event_name): super().__call__(event_name)
+        if hasattr(type(self), event_name) and is_training_run(self.learn): super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
@@ -125,6 +125,8 @@ class CUDAGraph(TrainingCallback):
         for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
 
     def after_fit(self): vars(self.model).pop('forward', None)
+
+    before_fit = after_fit
 
 
 class StopOnNaN(TrainingCallback):

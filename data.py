@@ -206,12 +206,13 @@ def decode_images(files: Sequence[Path]) -> Tensor:
     images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
     def decode(start: int):
-        decoded = {file: read_image(file) for file in files[start:start + CHUNK]}
-        for file, image in decoded.items():
+        decoded = []
+        for file in files[start:start + CHUNK]:
+            decoded.append(image := read_image(file))
             if image.shape[1:] != (SIZE, SIZE):
                 raise InputError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; '
                                  'resize or remove it')
-        images[start:start + CHUNK] = torch.stack([*decoded.values()])
+        images[start:start + CHUNK] = torch.stack(decoded)
 
     # Threads: the decoder lets others run, and worker processes need shared memory and a guarded script.
     with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:  # many threads are slower: they queue for Python's lock

@@ -14,6 +14,7 @@ from fastcore.script import is_cli
 from distributed import RANK, leave_the_word, lost
 
 warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)
+warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # save_figure says so in one line
 warnings.filterwarnings('ignore', module=r'PIL\.')  # of images that can be read all the same
 
 

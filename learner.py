@@ -58,16 +58,15 @@ class RobustLearner(Learner):
     """A `Learner` that an interruption or an error leaves as usable as it was, and whose `fit` begins at `first_epoch`.
 
     fastai skips `after_fit` after an error, so that an interrupted finder's weights would stay in the model; and its
-    own `start_epoch` fires events for the epochs that it skips.
+    own `start_epoch` fires events for the epochs that it skips. A callback that ends a fit can set its `error`.
     """
     first_epoch, fitting, error = 0, False, None
 
     def fit(self, *args, **kwargs):
         self.fitting = True
         try: super().fit(*args, **kwargs)
-        finally:
-            error, self.error, self.fitting, self.first_epoch = self.error, None, False, 0
-            if error: raise error
+        finally: error, self.error, self.fitting, self.first_epoch = self.error, None, False, 0
+        if error: raise error
 
     def _do_fit(self):
         try:
@@ -75,16 +74,21 @@ class RobustLearner(Learner):
                 self.epoch = epoch
                 self._with_events(self._do_epoch, 'epoch', CancelEpochException)
         except CancelFitException: raise
-        except BaseException as e:
-            self.error = e  # raised again once every callback has had its `after_fit`
-            raise CancelFitException from e
+        except BaseException:
+            for cb in self.cbs:
+                if isinstance(cb, LRFinder | CUDAGraph): cb('after_fit')
+            raise
+
+    def _do_epoch_train(self):
+        try: super()._do_epoch_train()
+        finally: self.recorder.losses = [o.cpu() for o in self.recorder.losses]  # no batch waited for them
 
     def one_batch(self, *args, **kwargs):
         with contextlib.ExitStack() as self.during_batch: super().one_batch(*args, **kwargs)
 
     def to_detach(self, b: Any, *args, **kwargs) -> Any:
         """As fastai's, but a metric is summed up where it is: to move it would wait for the GPU at every batch."""
-        return b.detach() if getattr(b, 'ndim', None) == 0 else super().to_detach(b, *args, **kwargs)
+        return b.detach() if isinstance(b, Tensor) and b.ndim == 0 else super().to_detach(b, *args, **kwargs)
 
     def to_fp16(self, **kwargs) -> Learner:
         """As fastai's, but in place of a precision that is there already: two of them would scale the loss twice."""
@@ -211,20 +215,24 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
-    With small batches two finders may differ by a factor of twenty. Where they are smaller than 32, it runs seven, each
-    on other batches, and takes the one with the median LRMAX; its curve stays in the recorder. `learn` is one of
-    `get_learner`'s. Raises `RunError` where a finder's answer is of no use.
+    With small batches two finders may differ by a factor of twenty. Where they are smaller than 32, and an epoch has 25
+    or more, it runs seven finders, each on other batches, and takes the one with the median LRMAX; its curve stays in
+    the recorder. `learn` is one of `get_learner`'s. Raises `RunError` if no finder has a useful answer.
     """
     found, seeds = [], learn.seed_epochs
     for i in range(7 if learn.dls.bs < 32 and len(learn.dls.train) >= 25 else 1):
         try:
             with (tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp),
                   replaced(seeds, 'seed', seeds.seed + i)):
-                lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=show_plot and not found)
-        except (IndexError, ValueError) as e:  # of too few finite losses
-            raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and --lr-max') from e
-        if not 0 < lr_min < float('inf') or not 0 < lr_max < float('inf'):
-            raise RunError('the LR finder gave no usable rates; set --lr-min and --lr-max')
-        found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))
-    lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses = sorted(found)[len(found) // 2]
-    return min(lr_min, lr_max / 10), lr_max
+                lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=False)
+            if not (0 < lr_min < float('inf') and 0 < lr_max < float('inf')): raise ValueError('no usable rates')
+            found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))
+        except (IndexError, ValueError) as e: trouble = one_line(e)  # of too few finite losses
+    if not found: raise RunError(f'the LR finder failed ({trouble}); set --lr-min and --lr-max')
+    lr_max, lr_min, lrs, losses = sorted(found)[len(found) // 2]
+    learn.recorder.lrs, learn.recorder.losses = lrs, losses
+    rates = min(lr_min, lr_max / 10), lr_max
+    if show_plot:
+        marks = [(lr, losses[min(range(len(lrs)), key=lambda i: abs(lrs[i] - lr))]) for lr in rates]
+        learn.recorder.plot_lr_find(suggestions=marks, nms=('LRMIN', 'LRMAX'))
+    return rates

@@ -26,7 +26,6 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
 
-from fastai.callback.schedule import minimum
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from torchvision.transforms.v2 import functional as TF
@@ -126,8 +125,8 @@ def find(dls: DataLoaders, seed: int, folder: str) -> dict:
     learn = get_learner(dls, seed=seed, path=folder)
     lr_min, lr_max = find_lrs(learn)
     lrs, losses = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
-    suggested, _ = minimum(tensor(lrs[10:-5]), tensor(losses[10:-5]), 100)  # the part that `lr_find` looks at
-    return dict(lr_min=lr_min, lr_max=lr_max, minimum=suggested, seed=seed, device=device_name(dls.device), lrs=lrs,
+    _, lowest = min(zip(losses[10:-5], lrs[10:-5], strict=True))  # of the part that `lr_find` looks at
+    return dict(lr_min=lr_min, lr_max=lr_max, minimum=lowest / 10, seed=seed, device=device_name(dls.device), lrs=lrs,
                 losses=losses)
 
 

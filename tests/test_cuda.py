@@ -10,6 +10,7 @@ from fastai.vision.all import (
     Callback,
     ClassificationInterpretation,
     MixedPrecision,
+    ShowGraphCallback,
     default_device,
     first,
     get_image_files,
@@ -97,7 +98,9 @@ def test_a_run_of_the_gpu_is_used_on_the_gpu_and_on_the_cpu(run, path, on_the_cp
     assert learn.predict(file)[0] == found[0]
     assert learn.predict(file)[2].cpu().numpy() == pytest.approx(found[2].numpy(), abs=0.05)
     assert len(ClassificationInterpretation.from_learner(learn).losses) == 48
-    assert find_lrs(learn)[0] > 0
+    assert find_lrs(learn, show_plot=True)[0] > 0
+    learn.fit_one_cycle(1, 1e-4, cbs=ShowGraphCallback())
+    learn.recorder.plot_loss()
 
 
 def test_a_run_of_the_cpu_is_used_on_the_gpu(path, tmp_path, on_the_cpu):

@@ -404,6 +404,14 @@ def test_images_are_read_without_shared_memory_or_processes(folder, monkeypatch)
     assert decode_images(image_files(folder)).shape == (36, 3, 32, 32)
 
 
+def test_images_of_another_size_are_told_of_at_once(folder, monkeypatch):
+    """Not after hundreds of photographs have been read."""
+    read = []
+    monkeypatch.setattr(data, 'read_image', lambda file: read.append(file) or torch.zeros(3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(InputError, match='64×64 pixels'): decode_images(image_files(folder))
+    assert len(read) == 1
+
+
 def test_plain_images_are_left_to_torchvision_and_without_its_decoder_to_pillow(folder, monkeypatch):
     files = image_files(folder)
     with monkeypatch.context() as m:

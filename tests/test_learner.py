@@ -3,6 +3,8 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from conftest import fit, make_folder
@@ -193,18 +195,17 @@ def test_an_interruption_leaves_no_autocast_behind(dls, tmp_path):
     assert len(learn.history.rows) == 2
 
 
-def test_an_interruption_is_told_after_every_callback_had_its_end(dls, tmp_path):
-    ended = []
-    class See(Callback):
-        def after_fit(self): ended.append(self.training)
+def test_an_interruption_loads_no_earlier_model(dls, tmp_path):
+    earlier = fit(get_learner(dls, 'fp32', path=tmp_path), 1, cbs=SaveModelCallback())
     learn = get_learner(dls, 'fp32', path=tmp_path)
-    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[See(), Interrupt()])
-    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[SaveModelCallback(), Interrupt()])  # whose end fails, too
-    assert ended == [True]
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[SaveModelCallback(), Interrupt()])
+    assert not torch.equal(learn.model.fc.weight, earlier.model.fc.weight)
 
 
 def test_a_metrics_sum_stays_where_it_is_and_predictions_come_to_the_cpu(dls, tmp_path):
     learn = get_learner(dls, 'fp32', path=tmp_path)
+    learn.metrics = [lambda pred, targ: np.float64(0.5)]  # as scikit-learn's are
+    assert learn.validate()[-1] == 0.5
     assert learn.to_detach(torch.ones((), device='meta')).is_meta
     with pytest.raises(NotImplementedError): learn.to_detach(torch.ones(2, device='meta'))  # which has no data to move
 
@@ -236,9 +237,17 @@ def test_the_basin_is_the_middle_of_the_lowest_rates():
     assert 1 < loss < 1.09
 
 
+def finding(rates):
+    """An `lr_find` that gives these `rates`."""
+    def lr_find(self, **_):
+        self.recorder.lrs = self.recorder.losses = [1.]
+        return rates
+    return lr_find
+
+
 @pytest.mark.parametrize(('found', 'lr_min'), [((1e-4, 5e-3), 1e-4), ((1e-3, 2e-3), 2e-4), ((1e-2, 1e-3), 1e-4)])
 def test_lrmax_is_at_least_ten_times_lrmin(dls, tmp_path, monkeypatch, found, lr_min):
-    monkeypatch.setattr(learner.RobustLearner, 'lr_find', lambda *_, **__: found)
+    monkeypatch.setattr(learner.RobustLearner, 'lr_find', finding(found))
     assert find_lrs(get_learner(dls, path=tmp_path)) == (pytest.approx(lr_min), found[1])
 
 
@@ -257,6 +266,14 @@ def test_of_several_finders_for_small_batches_the_median_is_taken(dls, tmp_path,
     assert lrs == (1e-6, 4e-3 if finders > 1 else 3e-3)
     assert learn.recorder.lrs == [finders], 'the curve is not that of the rates'
     assert learn.seed_epochs.seed == 5
+    if finders == 1: return
+    seen.clear()
+    def some_fail(self, **kwargs):
+        lrs = lr_find(self)
+        if len(seen) in (1, 7): raise IndexError('index -1 is out of bounds')
+        return lrs if len(seen) > 3 else (1e-6, math.inf)
+    monkeypatch.setattr(learner.RobustLearner, 'lr_find', some_fail)
+    assert find_lrs(learn) == (1e-6, 5e-3)  # of 2, 5 and 6
 
 
 def test_each_finder_sees_other_batches(tmp_path):
@@ -266,8 +283,12 @@ def test_each_finder_sees_other_batches(tmp_path):
     class See(Callback):
         def after_batch(self):
             if self.train_iter == 1: images.append(self.x.sum().item())
-    with learn.added_cbs(See()): find_lrs(learn)
+    with learn.added_cbs(See()): lr_min, lr_max = find_lrs(learn, show_plot=True)
     assert len(set(images)) == len(images) == 7
+    assert 1e-7 < lr_min <= lr_max / 10 < 1
+    curve, *marks = plt.gca().lines
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([lr_min, lr_max], rel=0.2)  # on the curve
+    assert list(curve.get_xdata()) == learn.recorder.lrs[:-5]
 
 
 @pytest.mark.parametrize('bs', [4, 8, 24])
@@ -280,5 +301,5 @@ def test_the_finder_finds_usable_rates_for_batches_of_any_size(folder, tmp_path,
 
 @pytest.mark.parametrize('found', [(math.nan, 1e-3), (1e-4, math.nan), (0., 1e-3), (1e-4, math.inf)])
 def test_a_finder_without_a_usable_answer(dls, tmp_path, monkeypatch, found):
-    monkeypatch.setattr(learner.RobustLearner, 'lr_find', lambda *_, **__: found)
+    monkeypatch.setattr(learner.RobustLearner, 'lr_find', finding(found))
     with pytest.raises(RunError, match='set --lr-min and --lr-max'): find_lrs(get_learner(dls, path=tmp_path))
