@@ -10,7 +10,6 @@ from fastai.vision.all import (
     Callback,
     ClassificationInterpretation,
     MixedPrecision,
-    ShowGraphCallback,
     default_device,
     first,
     get_image_files,
@@ -99,7 +98,7 @@ def test_a_run_of_the_gpu_is_used_on_the_gpu_and_on_the_cpu(run, path, on_the_cp
     assert learn.predict(file)[2].cpu().numpy() == pytest.approx(found[2].numpy(), abs=0.05)
     assert len(ClassificationInterpretation.from_learner(learn).losses) == 48
     assert find_lrs(learn, show_plot=True)[0] > 0
-    learn.fit_one_cycle(1, 1e-4, cbs=ShowGraphCallback())
+    learn.fit_one_cycle(1, 1e-4)
     learn.recorder.plot_loss()
 
 
