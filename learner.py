@@ -204,8 +204,8 @@ def shared_out(learn: Learner):
 def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float, float]]:
     """A suggestion for `lr_find`: 0.4 times the middle (on the log scale) of the rates with a loss close to the least.
 
-    That is: within a tenth of the whole descent. Their middle varies half as much from seed to
-    seed as the single rate of least loss, a tenth of which is fastai's `minimum`.
+    Close means within a tenth of the whole descent. Their middle varies half as much from seed to seed as the single
+    rate of least loss, a tenth of which is fastai's `minimum`.
     """
     low = losses.min()
     middle = lrs[losses <= low + 0.1 * (losses[0] - low)].log().mean().exp()
