@@ -218,8 +218,8 @@ def decode_images(files: Sequence[Path]) -> Tensor:
     with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:  # many threads are slower: they queue for Python's lock
         try:
             starts = range(0, len(files), CHUNK)
-            done = pool.map(decode, starts)
-            for _ in progress_bar(done, total=len(starts), leave=False) if SHOW_PROGRESS else done: pass
+            done, bar = pool.map(decode, starts), SHOW_PROGRESS and len(starts) > 4  # else it is over in no time
+            for _ in progress_bar(done, total=len(starts), leave=False) if bar else done: pass
         finally: pool.shutdown(cancel_futures=True)
     return images
 
