@@ -212,18 +212,30 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
     return 0.4 * middle.item(), (middle.item(), losses[(lrs - middle).abs().argmin()])
 
 
+@contextlib.contextmanager
+def made_anew(learn: Learner, seed: int):
+    """Within it the network has the initial weights of `seed`, and the batches are those of `seed`, too."""
+    weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    set_seed(seed)
+    learn.model.apply(lambda module: getattr(module, 'reset_parameters', noop)())
+    try:
+        with replaced(learn.seed_epochs, 'seed', seed): yield
+    finally: learn.model.load_state_dict(weights)
+
+
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
     With small batches two finders may differ by a factor of twenty. Where they are smaller than 32, and an epoch has 25
-    or more, it runs seven finders, each on other batches, and takes the one with the median LRMAX; its curve stays in
-    the recorder. `learn` is one of `get_learner`'s. Raises `RunError` if no finder has a useful answer.
+    or more, it runs seven finders, all but the first with other initial weights and batches, and takes the one with the
+    median LRMAX; its curve stays in the recorder. `learn` is one of `get_learner`'s. Raises `RunError` if no finder has
+    a useful answer.
     """
-    found, seeds = [], learn.seed_epochs
+    found, seed = [], learn.seed_epochs.seed
     for i in range(7 if learn.dls.bs < 32 and len(learn.dls.train) >= 25 else 1):
+        other = made_anew(learn, (seed + 1000 * i) % 2**32) if i else contextlib.nullcontext()
         try:
-            with (tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp),
-                  replaced(seeds, 'seed', seeds.seed + i)):
+            with tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp), other:
                 lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=False)
             if not (0 < lr_min < float('inf') and 0 < lr_max < float('inf')): raise ValueError('no usable rates')
             found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))

@@ -262,7 +262,7 @@ def test_of_several_finders_for_small_batches_the_median_is_taken(dls, tmp_path,
     monkeypatch.setattr(learner.RobustLearner, 'lr_find', lr_find)
     monkeypatch.setattr(learn, 'dls', SimpleNamespace(bs=bs, train=range(batches)))
     lrs = find_lrs(learn)
-    assert seen == list(range(5, 5 + finders))
+    assert seen == [5 + 1000 * i for i in range(finders)]
     assert lrs == (1e-6, 4e-3 if finders > 1 else 3e-3)
     assert learn.recorder.lrs == [finders], 'the curve is not that of the rates'
     assert learn.seed_epochs.seed == 5
@@ -276,15 +276,20 @@ def test_of_several_finders_for_small_batches_the_median_is_taken(dls, tmp_path,
     assert find_lrs(learn) == (1e-6, 5e-3)  # of 2, 5 and 6
 
 
-def test_each_finder_sees_other_batches(tmp_path):
+def test_each_finder_has_other_weights_and_batches(tmp_path):
     learn = get_learner(get_dls(make_folder(tmp_path/'d', train=34), bs=4), 'fp32', path=tmp_path)  # 25 batches
     assert len(learn.dls.train) == 25
-    images = []
+    images, weights = [], []
     class See(Callback):
         def after_batch(self):
             if self.train_iter == 1: images.append(self.x.sum().item())
+        def before_fit(self): weights.append(self.model.fc.weight.sum().item())
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with learn.added_cbs(See()): lr_min, lr_max = find_lrs(learn, show_plot=True)
     assert len(set(images)) == len(images) == 7
+    assert len(set(weights)) == len(weights) == 7
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    assert weights[1] == get_learner(learn.dls, 'fp32', seed=1042).model.fc.weight.sum().item()
     assert 1e-7 < lr_min <= lr_max / 10 < 1
     curve, *marks = plt.gca().lines
     assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([lr_min, lr_max], rel=0.2)  # on the curve
