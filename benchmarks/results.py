@@ -41,7 +41,7 @@ WORDS = dict(
 which was the default when the first results came. Each run finds its own learning rates.""",
     test=f"""Recipes on all training images, with the test set, which reports and chooses nothing. {AVERAGED}""",
     finder="""The rates that the program finds, from least to largest, for several sizes of batches and data sets.
-Each is one finder of 100 batches; with batches of 8 it is the one with the median LRMAX of seven. `minimum` is
+Each is one finder of 100 batches; with batches of 8 it is the one of seven with the median LRMAX. `minimum` is
 fastai's suggestion for the peak. The curves are those of batches of 512 from all images.""",
     schedule=f"""Test accuracy with three ends of the cycle: LRMIN, as this program reads the assignment; fastai's
 literal `div_final=1`, which holds LRMAX; fastai's default `div_final=1e5`, annihilation. Made by an earlier version of
