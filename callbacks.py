@@ -7,16 +7,13 @@ from distributed import RANK, RANKS
 from errors import RunError
 
 
-def is_training_run(learn: Learner) -> bool:
-    """Is `learn` in training proper? `lr_find`, `get_preds`, `validate` and `summary` fire some of its events, too."""
-    return getattr(learn, 'fitting', True) and not (hasattr(learn, 'lr_finder') or hasattr(learn, 'gather_preds'))
-
-
 class TrainingCallback(Callback):
-    """A callback that sees training runs only."""
+    """A callback that sees training alone: `lr_find`, `get_preds`, `validate` and `summary` fire its events, too."""
 
     def __call__(self, event_name: str):
-        if hasattr(type(self), event_name) and is_training_run(self.learn): super().__call__(event_name)
+        if not hasattr(type(self), event_name): return
+        if self.learn.fitting and not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')):
+            super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
@@ -27,18 +24,15 @@ class SeedEpochs(Callback):
     """
     order = -20  # before anything draws
 
-    def __init__(self, seed: int): self.seed, self.earlier, self.done = seed, 0, 0
+    def __init__(self, seed: int): self.seed, self.earlier = seed, 0
 
-    def before_fit(self): self.earlier = self.done
+    def before_fit(self): self.earlier = len(self.history.rows)
 
     def before_train(self):
         of_epoch = f'{self.seed} {self.earlier + self.epoch}'
         set_seed(random.Random(of_epoch).getrandbits(32))
         self.dls.train.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
         if RANK: torch.manual_seed(random.Random(f'{of_epoch} {RANK}').getrandbits(32))
-
-    def after_train(self):
-        if is_training_run(self.learn): self.done = self.earlier + self.epoch + 1
 
 
 class MeanOfRanks(Callback):

@@ -34,7 +34,7 @@ import data
 import figures
 import train_fastai
 from arch import ResNet
-from callbacks import SeedEpochs
+from callbacks import History, SeedEpochs
 from data import get_data, get_dls
 from errors import InputError
 from learner import get_learner
@@ -179,7 +179,8 @@ def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(cifar10
     dls = get_dls(tmp_path/'slice', bs=32)
     fast = get_learner(dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0, width=32)
     plain = Learner(dls, ResNet(n_out=3, width=32), opt_func=partial(Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
-                    cbs=SeedEpochs(42), path=tmp_path)
+                    cbs=[SeedEpochs(42), History()], path=tmp_path)
+    plain.fitting = True
     plain.model.load_state_dict(fast.model.state_dict())
     losses, accuracies = [], []
     for learn in (fast, plain):
