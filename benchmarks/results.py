@@ -203,7 +203,7 @@ def page(folder: Path) -> str:
             if name == 'finder':  # all sizes in one table
                 size = files.relative_to(folder/name).as_posix().strip('.')
                 all_sizes, commands = sections.setdefault(folder/name, ({}, []))
-                all_sizes[size] = arms['lr-find']
+                all_sizes[size or 'bs-512'] = arms['lr-find']
                 commands.append(command(name, size, arms))
             else: sections[files] = arms, [command(name, f'epochs-{files.name}', arms)]
         for files, (arms, commands) in sections.items():
