@@ -29,7 +29,7 @@ def joined():
     from torch import cuda
     from torch import distributed as dist
 
-    if RANK: sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
+    if RANK: sys.stdout = open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115, it stays open to the end
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(cpu=not cuda.is_available(), kwargs_handlers=[patience])
     if accelerator.device.type == 'cpu': default_device(False)  # by a setting of accelerate's, perhaps

@@ -38,7 +38,7 @@ def end_quietly_while_importing(program: str):
     """
     if IN_IPYTHON: return  # with `%run`, in a session that has its own ways and goes on
     for stream in (sys.stdout, sys.stderr): getattr(stream, 'reconfigure', noop)(errors='replace')  # editors' lack it
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # noqa: SIM115, it was closed
+    sys.stdout = sys.stdout or open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115, it was closed
 
     def end(number, _):
         os.write(2, f'{program}: interrupted\n'.encode())

@@ -216,9 +216,9 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
 def made_anew(learn: Learner, seed: int):
     """Within it the network has the initial weights of `seed`, and the batches are those of `seed`, too."""
     weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    set_seed(seed)
-    learn.model.apply(lambda module: getattr(module, 'reset_parameters', noop)())
     try:
+        set_seed(seed)
+        learn.model.apply(lambda module: getattr(module, 'reset_parameters', noop)())
         with replaced(learn.seed_epochs, 'seed', seed): yield
     finally: learn.model.load_state_dict(weights)
 

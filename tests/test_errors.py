@@ -10,6 +10,7 @@ def test_a_console_that_is_no_terminal_or_closed(monkeypatch):
         monkeypatch.setattr(sys, 'stdout', stream)
         errors.end_quietly_while_importing('a program')
         print('said')
+    assert sys.stdout.encoding == 'utf-8', 'in another locale it would lack letters'
     assert own.getvalue() == 'said\n'
 
 
