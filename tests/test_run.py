@@ -10,7 +10,7 @@ import torch
 from conftest import Malicious
 
 import run
-from errors import InputError
+from errors import InputError, RunError
 from run import Run, load_state, save_csv, save_figure, save_state, write_whole
 
 
@@ -95,6 +95,12 @@ OPTIONS = dict(data=None, out=None, epochs=1, bs=8, seed=1, lr_min=1e-4, lr_max=
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len({Run(OPTIONS, set(), None).claim('images') for _ in range(30)}) == 30
+
+
+def test_an_error_before_training_offers_nothing_to_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError) as e, Run(OPTIONS, set(), None): raise OSError(2, 'No such file', 'a/file')
+    assert str(e.value) == 'a/file: No such file; nothing was trained yet'
 
 
 def test_a_command_in_a_message_can_be_pasted(tmp_path):
