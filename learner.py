@@ -245,6 +245,6 @@ def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     learn.recorder.lrs, learn.recorder.losses = lrs, losses
     rates = min(lr_min, lr_max / 10), lr_max
     if show_plot:
-        marks = [(lr, losses[min(range(len(lrs)), key=lambda i: abs(lrs[i] - lr))]) for lr in rates]
+        marks = [(lr, np.interp(lr, lrs, losses)) for lr in rates]
         learn.recorder.plot_lr_find(suggestions=marks, nms=('LRMIN', 'LRMAX'))
     return rates

@@ -120,13 +120,14 @@ def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[
     def accuracy(p): return (p.argmax(1) == targets).float().mean()
     counts = confusion_matrix(log_probs, targets)
     confused = most_confused(counts, vocab)
+    mistakes = f'Most confused:\n{aligned(confused)}' if len(confused) else 'Every image is classified correctly.'
     return f'''{len(targets):,} images of {len(targets.unique())} classes
 accuracy                     {accuracy(log_probs):.2%}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean log-probability of image and mirror)
 
 {aligned(class_scores(counts, vocab))}
 
-{"Most confused:" + chr(10) + aligned(confused) if len(confused) else 'Every image is classified correctly.'}'''
+{mistakes}'''
 
 
 # argparse wants options first or last.

@@ -172,7 +172,7 @@ def check_options(epochs: int, bs: int, seed: int, lr_min: float | None, lr_max:
 
 
 def tasted(options: dict) -> dict:
-    """`options` for a first look within two minutes, and says what it lowers."""
+    """`options` for a first look in minutes, and says what it lowers."""
     print('A taste: one image in ten, few epochs, small batches. Its numbers say nothing of the recipe.')
     limits = {k: limit for k, limit in dict(epochs=4, bs=64).items() if options[k] > limit}
     for k, limit in limits.items(): print(f'--{k} {options[k]} is lowered to {limit}')

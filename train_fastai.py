@@ -148,7 +148,7 @@ def main(
     label_smoothing: float = 0.1,  # share of the label that training spreads over all classes
     ema: float = 0.99,  # decay of the moving average of the weights, which is tested and kept; 0 for none
     precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto picks the fastest the hardware supports
-    taste: bool = False,  # a first look within two minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
+    taste: bool = False,  # a first look in minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
     resume: str = None,  # folder of an interrupted run to resume, under its own options
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."

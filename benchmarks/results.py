@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
 
 import matplotlib.pyplot as plt
+import numpy as np
 from fastai.callback.schedule import combined_cos
 from fastcore.basics import groupby
 from fastcore.script import call_parse
@@ -143,8 +144,7 @@ def finder_figure(arms: dict[str, list[dict]]) -> Figure:
     for r in runs:
         line, = ax.plot(r['lrs'], r['losses'], label=f'seed {r["seed"]}')
         for k, marker in (('lr_min', 'o'), ('lr_max', 's')):
-            i = min(range(len(r['lrs'])), key=lambda i: abs(r['lrs'][i] - r[k]))
-            ax.plot(r['lrs'][i], r['losses'][i], marker, color=line.get_color())
+            ax.plot(r[k], np.interp(r[k], r['lrs'], r['losses']), marker, color=line.get_color())
     start, low = max(r['losses'][0] for r in runs), min(min(r['losses']) for r in runs)
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed training loss',
            ylim=(low - 0.1 * (start - low), start + 0.5 * (start - low)),
