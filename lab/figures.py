@@ -37,7 +37,8 @@ def draw_lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max:
     ax.set_ylim(low - 0.1 * (start - low), start + 0.5 * (start - low))  # the finder stops only far beyond the minimum
     for lr, name, align in ((lr_min, 'LRMIN', 'right'), (lr_max, 'LRMAX', 'left')):
         ax.axvline(lr, color=MARK, linestyle='--')
-        ax.annotate(f' {name} = {format_rate(lr)} ', (lr, 0.02), xycoords=('data', 'axes fraction'), color=MARK, ha=align)
+        text, place = f' {name} = {format_rate(lr)} ', (lr, 0.02)
+        ax.annotate(text, place, xycoords=('data', 'axes fraction'), color=MARK, ha=align)
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed training loss',
            title='Learning-rate finder')
     ax.grid(alpha=0.3)

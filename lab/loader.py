@@ -195,7 +195,7 @@ def keep_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> Data
 def list_augmentations(dls: DataLoaders) -> list[str]:
     """The transforms of training images in words, as `Cutout(size=8)`."""
     def describe(tfm: Transform) -> str:
-        names = inspect.signature(type(tfm).__init__).parameters
+        names = inspect.signature(type(tfm).__init__).parameters.keys() - inspect.signature(Transform).parameters.keys()
         return f'{type(tfm).__name__}({", ".join(f"{k}={v}" for k, v in vars(tfm).items() if k in names and v)})'
     return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs) if tfm.split_idx == 0]
 

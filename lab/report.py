@@ -90,7 +90,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         for c, n, recall, precision in shown.itertuples(index=False)])
 
     title = 'Quick look' if o['quick'] else 'CIFAR-10 with fastai'
-    return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epochs
+    return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epoch{'s' * (m['epochs'] > 1)}
 {QUICK if o['quick'] else ''}
 After epoch {m['epochs']} the network classifies {percent(m['test_accuracy'], 2)} of {m['test_images']:,} test images
 correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 'not reached'}.
@@ -106,8 +106,8 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
-and falls to {end}{'' if o['lr_end'] else ', where it started: no annihilation'}.
-Momentum moves in the opposite direction.*
+and falls towards {format_rate(o['lr_end'] or m['lr_min'])}{'' if o['lr_end'] else ', where it started: no annihilation'}.
+The last batch has {end}. Momentum moves in the opposite direction.*
 
 ## Training
 
