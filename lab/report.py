@@ -55,6 +55,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
     augmentation = escape(', '.join(m['recipe']['augmentation'])) or 'none'
     stage = escape(m['recipe']['last_stage']) + (
         ': `exp` of the output gives the probabilities' if m['recipe']['last_stage'] == 'LogSoftmax' else '')
+    target = format_rate(o['lr_end'] or m['lr_min']) + ('' if o['lr_end'] else ', where it started: no annihilation')
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
     errors = ', '.join(f'{escape(a)} → {escape(p)} ({k})' for a, p, k in confused.itertuples(index=False)) or 'none'
     by_recall = classes.sort_values('recall', kind='stable')
@@ -106,8 +107,7 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
-and falls towards {format_rate(o['lr_end'] or m['lr_min'])}{'' if o['lr_end'] else ', where it started: no annihilation'}.
-The last batch has {end}. Momentum moves in the opposite direction.*
+and falls towards {target}. The last batch has {end}. Momentum moves in the opposite direction.*
 
 ## Training
 
