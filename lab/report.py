@@ -55,6 +55,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
     augmentation = escape(', '.join(m['recipe']['augmentation'])) or 'none'
     stage = escape(m['recipe']['last_stage']) + (
         ': `exp` of the output gives the probabilities' if m['recipe']['last_stage'] == 'LogSoftmax' else '')
+    target = format_rate(o['lr_end'] or m['lr_min']) + ('' if o['lr_end'] else ', where it started: no annihilation')
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
     errors = ', '.join(f'{escape(a)} → {escape(p)} ({k})' for a, p, k in confused.itertuples(index=False)) or 'none'
     by_recall = classes.sort_values('recall', kind='stable')
@@ -90,7 +91,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         for c, n, recall, precision in shown.itertuples(index=False)])
 
     title = 'Quick look' if o['quick'] else 'CIFAR-10 with fastai'
-    return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epochs
+    return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epoch{'s' * (m['epochs'] > 1)}
 {QUICK if o['quick'] else ''}
 After epoch {m['epochs']} the network classifies {percent(m['test_accuracy'], 2)} of {m['test_images']:,} test images
 correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 'not reached'}.
@@ -106,8 +107,7 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
-and falls to {end}{'' if o['lr_end'] else ', where it started: no annihilation'}.
-Momentum moves in the opposite direction.*
+and falls towards {target}. The last batch has {end}. Momentum moves in the opposite direction.*
 
 ## Training
 
