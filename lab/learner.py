@@ -52,6 +52,7 @@ class Progress(ProgressCallback):
         silent = contextlib.nullcontext() if SHOW_PROGRESS else self.learn.no_mbar()
         if self.create_mbar and not SHOW_PROGRESS: self.mbar = MasterBar(range(self.n_epoch), ProgressBar)
         with silent: super().before_fit()
+        if self.create_mbar: self.mbar.update(0)  # starts its clock: a resumed fit begins at a later epoch
 
     def _launch_pbar(self):
         if SHOW_PROGRESS: super()._launch_pbar()
