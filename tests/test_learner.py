@@ -44,7 +44,7 @@ def test_fused_adamw_steps_like_fastais_adam(dls):
         ys.append(y.as_subclass(Tensor))
     nets = []
     for fused in (True, False):
-        adam = get_learner(dls, 'fp32').opt_func if fused else partial(Adam, wd=0.01, sqr_mom=0.99, eps=1e-5)
+        adam = get_learner(dls, precision='fp32').opt_func if fused else partial(Adam, wd=0.01, sqr_mom=0.99, eps=1e-5)
         set_seed(0)
         groups = {'splitter': partial(weight_decay_groups, wd=0.01)} if fused else {}
         learn = Learner(dls, ResNet(n_out=3, width=16).double(), opt_func=adam, **groups)
@@ -63,7 +63,7 @@ def test_fused_adamw_steps_like_fastais_adam(dls):
 @pytest.mark.skipif(sys.platform != 'linux', reason='a matter of glibc')
 def test_on_a_cpu_the_process_keeps_what_tensors_free(folder):
     import resource  # which Windows lacks
-    get_learner(get_dls(folder, bs=8, device=torch.device('cpu')), 'fp32')
+    get_learner(get_dls(folder, bs=8, device=torch.device('cpu')), precision='fp32')
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -86,7 +86,7 @@ def test_weight_decay_spares_batch_norm_and_biases():
 def test_bfloat16_on_a_cpu_computes_in_bfloat16_and_follows_float32(dls, tmp_path):
     losses, dtypes = [], []
     for precision in ('fp32', 'bf16'):
-        learn = get_learner(dls, precision, path=tmp_path)
+        learn = get_learner(dls, precision=precision, path=tmp_path)
         hook = learn.model.prep[0].register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
         fit(learn, 1)
         hook.remove()
@@ -113,7 +113,7 @@ def test_auto_takes_what_a_gpu_is_made_for(monkeypatch, capability, expected):
 
 
 def test_fastais_own_callbacks_and_views_find_what_they_look_for(dls, tmp_path):
-    learn = get_learner(dls, 'fp32', path=tmp_path, width=64)
+    learn = get_learner(dls, precision='fp32', path=tmp_path, width=64)
     learn.fit(1, cbs=[SaveModelCallback(), EarlyStoppingCallback(monitor='valid_accuracy')])
     assert (tmp_path/'models/model.pth').exists()
     learn.recorder.plot_loss()
@@ -157,7 +157,7 @@ def test_maps_lie_side_by_side_where_the_processor_has_amx(dls, monkeypatch, amx
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(amx_bf16=amx))
     dls.cpu()
     for precision in ('bf16', 'fp32'):
-        convs = [m for m in get_learner(dls, precision).model.modules() if isinstance(m, SideBySideConv2d)]
+        convs = [m for m in get_learner(dls, precision=precision).model.modules() if isinstance(m, SideBySideConv2d)]
         assert len(convs) == (3 if amx and precision == 'bf16' else 0)
 
 
@@ -184,7 +184,7 @@ class Interrupt(Callback):
 
 def test_an_interruption_leaves_no_autocast_behind(dls, tmp_path):
     """Its cache of cast weights would be what later learners train on, whatever becomes of theirs."""
-    learn = get_learner(dls, 'bf16', path=tmp_path)
+    learn = get_learner(dls, precision='bf16', path=tmp_path)
     with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Interrupt())
     assert not torch.is_autocast_enabled('cpu')
     class Break(Callback):
@@ -196,14 +196,14 @@ def test_an_interruption_leaves_no_autocast_behind(dls, tmp_path):
 
 
 def test_an_interruption_loads_no_earlier_model(dls, tmp_path):
-    earlier = fit(get_learner(dls, 'fp32', path=tmp_path), 1, cbs=SaveModelCallback())
-    learn = get_learner(dls, 'fp32', path=tmp_path)
+    earlier = fit(get_learner(dls, precision='fp32', path=tmp_path), 1, cbs=SaveModelCallback())
+    learn = get_learner(dls, precision='fp32', path=tmp_path)
     with pytest.raises(KeyboardInterrupt): fit(learn, cbs=[SaveModelCallback(), Interrupt()])
     assert not torch.equal(learn.model.fc.weight, earlier.model.fc.weight)
 
 
 def test_a_metrics_sum_stays_where_it_is_and_predictions_come_to_the_cpu(dls, tmp_path):
-    learn = get_learner(dls, 'fp32', path=tmp_path)
+    learn = get_learner(dls, precision='fp32', path=tmp_path)
     learn.metrics = [lambda pred, targ: np.float64(0.5)]  # as scikit-learn's are
     assert learn.validate()[-1] == 0.5
     assert learn.to_detach(torch.ones((), device='meta')).is_meta
@@ -211,7 +211,7 @@ def test_a_metrics_sum_stays_where_it_is_and_predictions_come_to_the_cpu(dls, tm
 
 
 def test_an_interrupted_finder_leaves_the_weights_as_they_were(dls, tmp_path):
-    learn = fit(get_learner(dls, 'fp32', path=tmp_path), 1)
+    learn = fit(get_learner(dls, precision='fp32', path=tmp_path), 1)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     momentum = learn.opt.opt.state[learn.model.fc.weight]['exp_avg'].clone()
     with learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): find_lrs(learn)
@@ -221,7 +221,7 @@ def test_an_interrupted_finder_leaves_the_weights_as_they_were(dls, tmp_path):
 
 
 def test_to_bf16_takes_the_place_of_what_is_there(dls, tmp_path):
-    learn = get_learner(dls, 'bf16', path=tmp_path).to_bf16()
+    learn = get_learner(dls, precision='bf16', path=tmp_path).to_bf16()
     assert len([cb for cb in learn.cbs if isinstance(cb, MixedPrecision)]) == 1
     assert not any(isinstance(cb, MixedPrecision) for cb in learn.to_fp32().cbs)
 
@@ -253,7 +253,7 @@ def test_lrmax_is_at_least_ten_times_lrmin(dls, tmp_path, monkeypatch, found, lr
 
 @pytest.mark.parametrize(('bs', 'batches', 'finders'), [(31, 25, 7), (32, 25, 1), (8, 24, 1)])
 def test_of_several_finders_for_small_batches_the_median_is_taken(dls, tmp_path, monkeypatch, bs, batches, finders):
-    learn, seen = get_learner(dls, 'fp32', path=tmp_path, seed=5), []
+    learn, seen = get_learner(dls, precision='fp32', path=tmp_path, seed=5), []
 
     def lr_find(self, **kwargs):
         seen.append(self.seed_epochs.seed)
@@ -277,7 +277,7 @@ def test_of_several_finders_for_small_batches_the_median_is_taken(dls, tmp_path,
 
 
 def test_each_finder_has_other_weights_and_batches(tmp_path):
-    learn = get_learner(get_dls(make_folder(tmp_path/'d', train=34), bs=4), 'fp32', path=tmp_path)  # 25 batches
+    learn = get_learner(get_dls(make_folder(tmp_path/'d', train=34), bs=4), precision='fp32', path=tmp_path)  # 25 batches
     assert len(learn.dls.train) == 25
     images, weights = [], []
     class See(Callback):
@@ -289,7 +289,7 @@ def test_each_finder_has_other_weights_and_batches(tmp_path):
     assert len(set(images)) == len(images) == 7
     assert len(set(weights)) == len(weights) == 7
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
-    assert weights[1] == get_learner(learn.dls, 'fp32', seed=1042).model.fc.weight.sum().item()
+    assert weights[1] == get_learner(learn.dls, precision='fp32', seed=1042).model.fc.weight.sum().item()
     assert 1e-7 < lr_min <= lr_max / 10 < 1
     curve, *marks = plt.gca().lines
     assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([lr_min, lr_max], rel=0.2)  # on the curve
@@ -298,7 +298,7 @@ def test_each_finder_has_other_weights_and_batches(tmp_path):
 
 @pytest.mark.parametrize('bs', [4, 8, 24])
 def test_the_finder_finds_usable_rates_for_batches_of_any_size(folder, tmp_path, bs):
-    learn = get_learner(get_dls(folder, bs=bs), 'fp32', path=tmp_path)
+    learn = get_learner(get_dls(folder, bs=bs), precision='fp32', path=tmp_path)
     lr_min, lr_max = find_lrs(learn)
     assert 1e-7 < lr_min <= lr_max / 10 < 1
     assert list(tmp_path.iterdir()) == []
