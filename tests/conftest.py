@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from fastai.vision.all import Callback, MixedPrecision
 from PIL import Image
 
 from arch import ResNet
@@ -56,6 +57,14 @@ def _narrow():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(ResNet, '__init__', partialmethod(ResNet.__init__, width=8))
         yield
+
+
+class Interrupt(Callback):
+    """Interrupts in the third training batch, between forward pass and loss."""
+    order = MixedPrecision.order - 1
+
+    def after_pred(self):
+        if self.training and self.train_iter == 2: raise KeyboardInterrupt
 
 
 class Malicious:

@@ -309,5 +309,5 @@ def test_a_network_that_ends_in_logits_has_the_same_errors(dls, tmp_path):
     assert 0 < len(ours) < 12
     names = ['file', 'actual', 'predicted']
     pd.testing.assert_frame_equal(ours[names], theirs[names])
-    for number in ('probability', 'loss'): assert theirs[number].tolist() == pytest.approx(ours[number].tolist(), abs=1e-5)
+    for name in ('probability', 'loss'): assert theirs[name].tolist() == pytest.approx(ours[name].tolist(), abs=1e-5)
     assert theirs.probability.between(1 / 3, 1).all()
