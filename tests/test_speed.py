@@ -91,16 +91,13 @@ def test_maps_side_by_side_are_convolved_as_ever(n, h, w, memory):
 def test_small_maps_lie_side_by_side_in_a_fit_where_the_processor_has_amx(dls, tmp_path, monkeypatch, amx):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(amx_bf16=amx))
     dls.cpu()
+    class Look(Callback):
+        def after_train(self): self.classes = {type(m) for m in self.model.modules() if isinstance(m, nn.Conv2d)}
     for precision in ('bf16', 'fp32'):
         learn = get_learner(dls, precision=precision, path=tmp_path)
-        def convs(): return [m for m in learn.model.modules() if isinstance(m, nn.Conv2d)]
-        found = []
-        class See(Callback):
-            def after_train(self):
-                for conv in convs(): found.append(type(conv))
-        fit(learn, 1, cbs=See())
-        assert set(found) == {SideBySideConv2d if amx and precision == 'bf16' else nn.Conv2d}
-        assert {type(conv) for conv in convs()} == {nn.Conv2d}
+        fit(learn, 1, cbs=(see := Look()))
+        assert see.classes == {SideBySideConv2d if amx and precision == 'bf16' else nn.Conv2d}
+        assert {type(m) for m in learn.model.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
 
 
 def test_a_processor_that_is_told_to_leave_bfloat16_alone(monkeypatch):
