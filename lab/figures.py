@@ -80,7 +80,7 @@ def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 
         ax.set(xlabel='epoch', ylabel=name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
-    left.set(title='Cross-entropy loss', ylabel='loss (nats)')
+    left.set(title='Loss', ylabel='loss (nats)')
     right.axhline(target, color=MARK, linestyle='--', label=f'target, {100 * target:.0f} %')
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=' %'))
     right.set_title(f'Accuracy (test after the last epoch: {100 * rows[-1]["test_accuracy"]:.2f} %)')
