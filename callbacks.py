@@ -1,132 +1,113 @@
-"""What watches or steers training: seeds, history, precision, recorded GPU steps, averages, a NaN."""
-import warnings
+"""What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights, NaN."""
+import math
 
 from fastai.vision.all import *
 
-from distributed import RANK, RANKS
-from errors import RunError
-
-
-class TrainingCallback(Callback):
-    """A callback that sees training alone: `lr_find`, `get_preds`, `validate` and `summary` fire its events, too."""
-
-    def __call__(self, event_name: str):
-        if not hasattr(type(self), event_name): return
-        if self.learn.fitting and not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')):
-            super().__call__(event_name)
+from lab.errors import RunError
+from lab.evaluate import list_misclassified
+from lab.learner import AFTER_RECORDER, FIRST, TrainingCallback
+from lab.processes import RANK
 
 
 class SeedEpochs(Callback):
-    """All randomness of an epoch, shuffling and augmentation, follows from `seed` and the epoch's number alone.
+    """Derives all randomness of an epoch, shuffling and augmentation, from `seed` and the epoch's number alone.
 
-    Epochs are numbered on through several fits of a learner. Several processes shuffle alike, but each draws its own
+    Epochs are counted across the fits of a learner. With several processes all shuffle alike, but each draws its own
     augmentations.
     """
-    order = -20  # before anything draws
+    order = FIRST
 
     def __init__(self, seed: int): self.seed, self.earlier = seed, 0
 
     def before_fit(self): self.earlier = len(self.history.rows)
 
     def before_train(self):
-        of_epoch = f'{self.seed} {self.earlier + self.epoch}'
-        set_seed(random.Random(of_epoch).getrandbits(32))
+        seed_and_epoch = f'{self.seed} {self.earlier + self.epoch}'
+        set_seed(random.Random(seed_and_epoch).getrandbits(32))
         self.dls.train.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
-        if RANK: torch.manual_seed(random.Random(f'{of_epoch} {RANK}').getrandbits(32))
-
-
-class MeanOfRanks(Callback):
-    """Makes loss and training metrics those of all processes, the same in each; they all stop at a NaN of one."""
-    order = Recorder.order - 2  # before anybody looks
-
-    def after_loss(self): self.learn.loss = self.mean(self.loss)
-
-    def after_train(self):
-        for m in self.metrics: m.total = self.mean(m.total)  # of as many images in each
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over the processes of their `x`, of any shape."""
-        x = x.detach().as_subclass(Tensor).clone()
-        torch.distributed.all_reduce(x)
-        return x / RANKS
+        if RANK: torch.manual_seed(random.Random(f'{seed_and_epoch} {RANK}').getrandbits(32))
 
 
 class History(TrainingCallback):
-    """Records the training run: `rows`, a dict an epoch, and `schedule`, the LR and momentum of every training batch.
+    """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
-    It also mends the recorder's log, and with it the printed table: epochs count from 1, and on through several fits,
-    and the training loss is the mean over the epoch's batches, not a smoothed value. `seconds_training` is training
-    alone, a row's `seconds` an epoch with its test.
+    Training figures are means over the epoch's batches as trained on, not smoothed. A row's `seconds` are those of the
+    epoch with its test; `seconds_training` leaves the tests out. The printed table is made from these figures.
     """
-    order = Recorder.order + 1
+    order = AFTER_RECORDER
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
-    def __init__(self): self.rows, self.schedule, self.seconds_training, self.train_loss = [], [], 0., AvgLoss()
+    def __init__(self):
+        self.rows, self.schedule, self.seconds_training = [], [], 0.
+        self.train_loss, self.train_accuracy = AvgLoss(), AvgMetric(accuracy)
 
     def before_epoch(self): self.start = time.perf_counter()
 
-    def before_train(self): self.train_loss.reset()
+    def before_train(self):
+        for metric in (self.train_loss, self.train_accuracy): metric.reset()
 
     def after_batch(self):
         if not self.training: return
-        self.train_loss.accumulate(self.learn)
-        hypers = self.opt.hypers[-1]  # behind the scheduler's before_batch: what this batch's step used
-        self.schedule.append(dict(batch=len(self.schedule) + 1, lr=float(hypers['lr']), momentum=float(hypers['mom'])))
+        for metric in (self.train_loss, self.train_accuracy): metric.accumulate(self.learn)
+        hypers = self.opt.hypers[-1]  # set by the scheduler before the batch: what its step used
+        self.schedule.append(dict(batch=len(self.schedule) + 1, lr=float(hypers['lr']),
+                                  momentum=float(hypers.get('mom', math.nan))))
 
-    def after_train(self):
-        self.seconds_training += time.perf_counter() - self.start
-        self.recorder.log[:2] = [len(self.rows) + 1, self.train_loss.value.item()]
+    def after_train(self): self.seconds_training += time.perf_counter() - self.start
 
     def after_validate(self):
-        named = dict(zip(self.recorder.metric_names, self.recorder.log, strict=False))  # which lacks the time, as yet
-        named['seconds'] = time.perf_counter() - self.start
-        self.rows.append({c: named.get(c.replace('test', 'valid'), float('nan')) for c in self.columns})
+        tested = dict(zip(self.recorder.metric_names, self.recorder.log, strict=False))  # the time comes later
+        self.rows.append(dict(
+            epoch=len(self.rows) + 1, train_loss=float(ifnone(self.train_loss.value, math.nan)),
+            train_accuracy=float(ifnone(self.train_accuracy.value, math.nan)),
+            test_loss=tested.get('valid_loss', math.nan), test_accuracy=tested.get('accuracy', math.nan),
+            seconds=time.perf_counter() - self.start))
+
+    def printed_row(self, log: list) -> list:
+        """The recorder's `log`, or the names of its columns, as this table has it: epochs from 1, both accuracies."""
+        if log[0] == 'epoch':
+            return ['epoch', 'train_loss', 'train_accuracy', 'test_loss', *(
+                'test_accuracy' if name == 'accuracy' else name for name in log[3:])]
+        return [*[self.rows[-1][c] for c in self.columns[:3]], *log[2:]]
+
+    def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}
+
+    def load_state_dict(self, state: dict): vars(self).update(state)
 
 
-class Precision(MixedPrecision):
-    """fastai's mixed precision on any device: 'bf16', or 'fp16' with a gradient scaler, which needs a CUDA GPU.
+class Misclassified(TrainingCallback):
+    """Collects the network's answers for the test images at every test of a fit; `table` lists the wrong ones.
 
-    An error in a forward pass skips `after_loss`; what the learner's `during_batch` has entered is left all the same.
+    `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU.
     """
+    order = AFTER_RECORDER
+    log_probs = targets = batches = None
 
-    def before_fit(self):
-        bf16 = self.amp_mode == AMPMode.BF16
-        device = self.dls.device.type  # fastai hard-codes 'cuda', so that to_bf16() on a CPU would train in float32
-        self.autocast = torch.autocast(device, dtype=torch.bfloat16 if bf16 else torch.float16)
-        self.learn.scaler, self.scales = torch.amp.GradScaler(device, enabled=not bf16), L()
+    def before_validate(self): self.batches = []
 
-    def before_batch(self): self.during_batch.enter_context(self.autocast)
+    def after_batch(self):
+        if self.training or self.batches is None: return
+        # Log-softmax leaves log-probabilities as they are, so a network may also end in logits.
+        self.batches.append((F.log_softmax(self.pred.detach(), 1, dtype=torch.float32), *self.yb))
 
-    def after_loss(self): self.during_batch.close()
+    def after_validate(self):
+        self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu()
+                                        for o in zip(*self.batches, strict=True))
+        self.batches = None
 
+    def table(self) -> pd.DataFrame:
+        """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""
+        return list_misclassified(self.log_probs, self.targets, self.dls.valid_ds.items, self.dls.vocab, self.dls.path)
 
-class CUDAGraph(TrainingCallback):
-    """Records the network's forward and backward pass on a GPU once and replays them in every step.
+    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets)
 
-    The same kernels with the same results: launching them one by one takes a fast GPU longer than computing them.
-    """
-    order = Precision.order + 1  # within its autocast
-
-    def before_batch(self):
-        if not self.training or 'forward' in vars(self.model): return
-        statistics = [b.clone() for b in self.model.buffers()]  # which recording changes
-        images = self.x.as_subclass(Tensor).clone()
-        self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
-        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
-        with torch.autocast('cuda', dtype, enabled=enabled, cache_enabled=False), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
-            torch.cuda.make_graphed_callables(self.model, (images,))  # in evaluation the model is as it was
-        for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
-
-    def after_fit(self): vars(self.model).pop('forward', None)
-
-    before_fit = after_fit
+    def load_state_dict(self, state: dict): vars(self).update(state)
 
 
 class StopOnNaN(TrainingCallback):
-    """Ends a training run at a loss that is not finite: its `fit` raises `RunError`.
+    """Ends a fit at a loss that is not finite: `fit` raises `RunError`.
 
-    On a GPU it looks at the losses after each epoch: a look at every batch would keep the GPU waiting.
+    On a GPU it looks at the losses after each epoch: looking at every batch would keep the GPU waiting.
     """
     order = Recorder.order - 1
 
@@ -135,17 +116,17 @@ class StopOnNaN(TrainingCallback):
     before_validate = before_train
 
     def after_batch(self):
-        self.finite.append(torch.isfinite(self.loss))
-        if self.loss.device.type == 'cpu': self.look()
+        self.finite.append(torch.isfinite(self.loss).all())
+        if self.loss.device.type == 'cpu' and not self.finite[-1]: self.stop(len(self.finite))
 
-    def after_train(self): self.look()
+    def after_train(self):
+        finite = torch.stack(self.finite).tolist() if self.finite else []
+        if not all(finite): self.stop(finite.index(False) + 1)
 
     after_validate = after_train
 
-    def look(self):
-        finite = torch.stack(self.finite).tolist() if self.finite else []
-        if all(finite): return
-        at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
+    def stop(self, batch: int):
+        at = f'batch {batch} of {self.n_iter} of' if self.training else 'the test after'
         peak = max(self.recorder.lrs + [self.opt.hypers[-1]['lr']])
         self.learn.error = RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; '
                                     f'lower --lr-max (the rate had reached {peak:.2e})')
@@ -155,9 +136,10 @@ class StopOnNaN(TrainingCallback):
 class MovingAverage:
     """An exponential moving average of a model's weights, and of batch norm's statistics, in the copy `module`.
 
-    `decay` is that of a step, and smaller at first, lest the average remember the initial weights. (torch's
-    AveragedModel would wait for the GPU at every step.)
+    `decay` is per step; it ramps up so that the initial weights are forgotten. (torch's AveragedModel would wait for
+    the GPU at every step.)
     """
+    ramp = 10  # steps, as in TensorFlow; with a constant decay a short run's average remembers its start
 
     def __init__(self, model: nn.Module, decay: float):
         self.module, self.decay, self.steps = deepcopy(model), decay, 0
@@ -166,7 +148,7 @@ class MovingAverage:
 
     def update(self):
         """Takes in the model's weights after a step."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.
+        decay = min(self.decay, (1 + self.steps) / (self.ramp + self.steps)) if self.steps else 0.
         torch._foreach_lerp_(self.average, self.latest, 1 - decay)
         self.steps += 1
 
@@ -188,10 +170,10 @@ class WeightAverage(TrainingCallback):
     """Tests, and at the end keeps, a `MovingAverage` of the weights instead of those of the last step.
 
     An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
-    approximates. What was tested stays in the model until the next epoch: callbacks that save the best model look for
-    it there.
+    approximates. What was tested stays in the model until the next epoch, where callbacks that save the best model
+    look for it.
     """
-    order = History.order
+    order = AFTER_RECORDER
 
     def __init__(self, decay: float): self.decay = decay
 
@@ -209,20 +191,11 @@ class WeightAverage(TrainingCallback):
     def before_validate(self): self.swap()
 
     def after_fit(self):
-        if not self.swapped: self.swap()  # where something ended an epoch before its test
+        if not self.swapped: self.swap()  # something ended an epoch before its test
         del self.average
 
+    def state_dict(self) -> dict: return dict(self.average.state_dict(), swapped=self.swapped)
 
-class PlainLog(TrainingCallback):
-    """In place of fastai's progress bars where there is no terminal: the same table as aligned plain lines."""
-    order = ProgressCallback.order
-
-    def before_fit(self):
-        if self.learn.logger == noop: return  # no_logging
-        self.learn.logger = self.write
-        self.write(name.replace('valid', 'test') for name in self.recorder.metric_names)
-
-    def write(self, row: Iterable):
-        print('  '.join((f'{o:.6f}' if isinstance(o, float) else str(o)).ljust(14) for o in row).rstrip(), flush=True)
-
-
+    def load_state_dict(self, state: dict):
+        self.average.load_state_dict(state)
+        self.swapped = state['swapped']

@@ -7,61 +7,63 @@
 
 From Python, `learn = load_run('runs/X')` is a fastai `Learner` with the run's weights.
 """
-import errors
+from lab import errors  # first: it silences fastai's import and lets Ctrl-C end it
 
 if __name__ == '__main__': errors.end_quietly_while_importing('predict.py')
 
+import json
 import sys
-from pathlib import Path
 
 from fastai.vision.all import *
 
-from data import FitSize, RGBImage, check_access, check_names
-from errors import InputError, one_line_errors
-from run import load_run
+from arch import ResNet
+from lab.errors import InputError, one_line_errors
+from lab.evaluate import count_confusions, get_log_probs, list_confusions, score_classes
+from lab.loader import SIZE, BatchDL, FitSize, RGBImage, check_access, check_names, fingerprint
+from lab.report import percent
+from lab.runs import load_state
+from train_fastai import get_dls, get_learner
 
 
-def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
-    """What the network says of uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU."""
-    dl = learn.dls.test_dl(list(images))  # just their number: the loader finds the pixels on the data set
-    dl.dataset.images = images.to(learn.dls.device)
-    dl.dataset.labels = torch.zeros(len(images), dtype=torch.long, device=learn.dls.device)
-    with learn.no_bar(), learn.no_logging(): return learn.get_preds(dl=dl, act=noop)[0].as_subclass(Tensor)
+def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module | None = None) -> Learner:
+    """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
 
-
-def confusion_matrix(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
-
-    `log_probs` (N, classes) float, `targets` (N,) int64.
+    Without `data` it reads no images, which is enough to predict; with the folder of the run's images it also
+    validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`. Raises
+    `InputError`.
     """
-    n = log_probs.shape[1]
-    return (targets * n + log_probs.argmax(1)).bincount(minlength=n * n).view(n, n)
+    run = Path(run)
+    if not os.path.exists(run/'model.pth'):
+        raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
+    try:
+        m = json.loads((run/'metrics.json').read_bytes())
+        classes, images, precision, o = list(m['classes']), m['fingerprint'], m['precision'], m['options']
+        bs, quick = o['bs'], o.get('quick', o.get('taste'))  # its name in earlier versions
+        if not classes or any(Path(c).name != c for c in classes): raise ValueError('classes without names')
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
+    weights = load_state(run/'model.pth')
+    try:
+        if model is None: model = ResNet(3, len(classes), width=len(weights['prep.0.weight']))
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as e:
+        name = type(model).__name__ if model else 'ResNet'
+        raise InputError(f'{run/"model.pth"} does not hold the weights of {name}; load_run(…, model=…) takes another '
+                         'network') from e
+    if data is None: dls = get_empty_dls(classes)
+    else:
+        dls = get_dls(data, bs=bs, every=10 if quick else 1)
+        if fingerprint(dls) != images: raise InputError(f'{data} holds other images than {run} was trained on')
+    return get_learner(dls, model, precision='fp32' if precision == 'fp32' else 'auto', path=run)
 
 
-def class_scores(counts: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """The columns `class, images, recall, precision`, from a confusion matrix; a share of nothing is NaN."""
-    right, images, named = counts.diag().double(), counts.sum(1), counts.sum(0)
-    return pd.DataFrame({'class': vocab, 'images': images, 'recall': right / images, 'precision': right / named})
-
-
-def most_confused(counts: Tensor, vocab: list[str], n: int = 10) -> pd.DataFrame:
-    """The at most `n` commonest errors as `actual, predicted, images`, from a confusion matrix."""
-    errors = pd.DataFrame((counts - counts.diag().diag()).numpy(), vocab, vocab).rename_axis('actual')
-    errors = errors.rename_axis('predicted', axis=1).stack().reset_index(name='images')
-    return errors[errors.images > 0].nlargest(n, 'images')
-
-
-def misclassified(log_probs: Tensor, dls: DataLoaders) -> pd.DataFrame:
-    """Every wrong test image as `file, actual, predicted, probability, loss`, the largest loss first.
-
-    `log_probs` (N, classes) float, in the order of `dls.valid_ds`. The index is an image's place there.
-    """
-    targets, vocab = dls.valid_ds.labels.cpu(), np.array(dls.vocab)
-    log_prob, predicted = log_probs.max(dim=1)
-    table = pd.DataFrame(dict(
-        file=[f.relative_to(dls.path).as_posix() for f in dls.valid_ds.items], actual=vocab[targets],
-        predicted=vocab[predicted], probability=log_prob.exp(), loss=F.nll_loss(log_probs, targets, reduction='none')))
-    return table[(predicted != targets).numpy()].sort_values('loss', ascending=False, kind='stable')
+def get_empty_dls(vocab: list[str]) -> DataLoaders:
+    """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
+    blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
+    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_items=lambda _: [blank, blank],
+                      get_y=lambda _: vocab[0], splitter=IndexSplitter([1]), item_tfms=FitSize(),
+                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=BatchDL)
+    return DataLoaders(*(dl.new(bs=512) for dl in block.dataloaders('.', bs=1, num_workers=0).new_empty().loaders))
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
@@ -93,7 +95,7 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
     return files, None
 
 
-def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
+def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
     """A row per file: the class with the largest probability and the next two, each with its probability.
 
     `log_probs` (N, classes) float32.
@@ -106,26 +108,25 @@ def predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.Da
     return table
 
 
-def aligned(table: pd.DataFrame) -> str:
+def align(table: pd.DataFrame) -> str:
     """The rows of `table`, a line each, in aligned columns; shares as percentages."""
     with pd.option_context('display.unicode.east_asian_width', True):  # some letters are two columns wide
-        return table.to_string(index=False, float_format='{:.1%}'.format, na_rep='–')
+        return table.to_string(index=False, float_format=percent, na_rep='–')
 
 
-def evaluation(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
+def evaluate(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
     """Accuracy of all, recall and precision of each class, and what is confused.
 
     `log_probs` and the mirror images' `flipped` (N, classes) float32, `targets` (N,) int64.
     """
-    def accuracy(p): return (p.argmax(1) == targets).float().mean()
-    counts = confusion_matrix(log_probs, targets)
-    confused = most_confused(counts, vocab)
-    mistakes = f'Most confused:\n{aligned(confused)}' if len(confused) else 'Every image is classified correctly.'
+    def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
+    confused = list_confusions(count_confusions(log_probs, targets), vocab)
+    mistakes = f'Most confused:\n{align(confused)}' if len(confused) else 'Every image is classified correctly.'
     return f'''{len(targets):,} images of {len(targets.unique())} classes
-accuracy                     {accuracy(log_probs):.2%}
-accuracy, flip averaging     {accuracy((log_probs + flipped) / 2):.2%}   (mean log-probability of image and mirror)
+accuracy                     {accuracy(log_probs)}
+accuracy, flip averaging     {accuracy((log_probs + flipped) / 2)}   (mean log-probability of image and mirror)
 
-{aligned(class_scores(counts, vocab))}
+{align(score_classes(log_probs, targets, vocab))}
 
 {mistakes}'''
 
@@ -142,14 +143,14 @@ def main(
     csv: bool = False,  # print comma-separated values, a row per image
 ):
     "Name what images show. Any size and mode will do: the centre square is resized to 32×32 and made RGB."
-    learn = load_run(run, with_data=False)
+    learn = load_run(run)
     vocab = list(learn.dls.vocab)
     files, targets = find_images(images, vocab)
     pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])
     log_probs = get_log_probs(learn, pixels)
-    table = predictions(files, log_probs, vocab)
+    table = list_predictions(files, log_probs, vocab)
     if csv:
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
         table.to_csv(sys.stdout, index=False)
-    elif targets: print(evaluation(log_probs, get_log_probs(learn, pixels.flip(-1)), tensor(targets), vocab))
-    else: print(aligned(table))
+    elif targets: print(evaluate(log_probs, get_log_probs(learn, pixels.flip(-1)), tensor(targets), vocab))
+    else: print(align(table))

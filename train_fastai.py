@@ -1,160 +1,201 @@
 #!/usr/bin/env python
-"""CIFAR-10 in 24 epochs with fastai: 93.95 ± 0.28 % test accuracy (mean ± sd, 5 seeds); 19 s of training on an H100.
+"""CIFAR-10 in 24 epochs with fastai: 93.95 ± 0.28 % test accuracy (mean ± sd, n = 5), learning rates from `lr_find`.
 
-    python train_fastai.py             # everything: download, find the LRs, train 24 epochs, draw, report
+    python train_fastai.py             # the whole experiment: download, find the LRs, train 24 epochs, draw, report
+    python train_fastai.py --quick     # a quick look: one image in ten, 4 epochs
     python train_fastai.py --help      # the options
 
-The network is the assignment's ResNet (arch.py). The recipe: Adam under one cycle whose learning rates `learn.lr_find`
-picks, cross-entropy; images padded by 4 and cropped, flipped, with a cutout of 8×8 (data.py). To that it adds
-  - decoupled weight decay of 0.1, ten times fastai's: at fastai's own it does next to nothing in so few steps;
-  - label smoothing of 0.1: training stops pushing the probabilities of images it names correctly towards 1;
+The assignment: its ResNet (arch.py), 24 epochs, batches of 512, Adam, cross-entropy, a one-cycle schedule whose bounds
+come from `learn.lr_find()`, and pad 4 → random crop → flip → 8×8 cutout. Four additions raise the accuracy:
+  - weight decay of 0.1, ten times fastai's default, which hardly matters in so few steps;
+  - label smoothing of 0.1: training stops pushing the probabilities of images it already gets right towards 1;
   - reflected padding: a cropped image has no border that real images lack;
   - a moving average of the weights, which is tested and kept: the weights fluctuate around a better point.
 """
-import errors
+from lab import errors  # first: it silences fastai's import and lets Ctrl-C end it
 
 if __name__ == '__main__': errors.end_quietly_while_importing('train_fastai.py')
 
-import contextlib
-import inspect
-import io
-import json
-import platform
-import shlex
-import sys
-from importlib.metadata import version
+from dataclasses import dataclass
+from typing import Annotated
 
+from fastai.callback.schedule import valley
 from fastai.vision.all import *
-from fastcore.script import is_cli
+from torchvision.transforms.v2 import functional as TF
 
-import figures
-from data import fingerprint, get_data, get_dls
-from distributed import COMMAND, RANK, by_first, by_machine, joined
-from errors import one_line_errors
-from learner import device_name, find_lrs, get_learner, shared_out
-from predict import class_scores, confusion_matrix, get_log_probs, misclassified, most_confused
-from report import run_report
-from run import Run, save_csv, save_figure, save_state, write_whole
+from arch import ResNet
+from callbacks import History, Misclassified, SeedEpochs, StopOnNaN, WeightAverage
+from lab.errors import InputError, one_line_errors
+from lab.finder import basin, median_lrs, plot_lrs
+from lab.learner import CrossEntropy, RobustLearner, data_parallel, fused_adam
+from lab.loader import (
+    TEST_FOLDERS,
+    Augmentation,
+    BatchDL,
+    FitSize,
+    RGBImage,
+    decode_images,
+    image_files,
+    keep_images,
+    windows,
+)
+from lab.processes import RANK, RANKS, join_processes, on_first, one_by_machine
+from lab.results import describe, draw_training, save_finder, save_results
+from lab.runs import Run, given_options, takes_options
+from lab.sources import get_data
+from lab.speed import PRECISIONS, CUDAGraph, Precision, keep_random_state, resolve_precision
 
-PCT_START = 5 / 24  # LRMAX is reached at epoch 5 of 24
+PCT_START = 5 / 24  # the schedule peaks at epoch 5 of 24
+MEAN_COLOUR = [round(255 * m) for m in cifar_stats[0]]  # zero once normalised, up to the rounding of a byte
+
+
+class PadCrop(Augmentation):
+    """Pads every side by `pad` pixels (by reflection), then crops the original size at a random place."""
+    order = 6  # item transforms run by order; ours come after ToTensor (5)
+
+    def __init__(self, pad: int = 4, padding_mode: str = 'reflect', fill: list[int] | int = 0):
+        store_attr()
+
+    def augment(self, x: Tensor) -> Tensor:
+        (n, _, h, w), high = x.shape, 2*self.pad + 1
+        padded = TF.pad(x, self.pad, self.fill, self.padding_mode)
+        return windows(padded, h, w)[torch.arange(n, device=x.device), self.draw(high, x), self.draw(high, x)]
+
+
+class FlipLR(Augmentation):
+    """Mirrors each image left-right with probability ½."""
+    order = 7
+
+    def augment(self, x: Tensor) -> Tensor:
+        return torch.where(self.draw(2, x).bool()[:, None, None, None], x.flip(-1), x)
+
+
+class Cutout(Augmentation):
+    """Covers a random `size` × `size` square inside the image with the mean colour (arXiv:1708.04552)."""
+    order = 8
+
+    def __init__(self, size: int = 8): store_attr()
+
+    def augment(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        holes = windows(x, self.size, self.size)
+        top, left = self.draw(holes.shape[1], x), self.draw(holes.shape[2], x)
+        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).to(x.device, non_blocking=True)
+        holes[torch.arange(len(x), device=x.device), top, left] = colour[:, None, None]
+        return x
+
+
+def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | None = None,
+            num_workers: int | None = None, device: torch.device | None = None) -> DataLoaders:
+    """`DataLoaders` of the data folder `path` (see `image_files`), built by a `DataBlock`.
+
+    Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
+    (bs,). Training images are shuffled and augmented by `item_tfms`, and the last partial batch is dropped. Of each
+    class one image in `every` is used. All images are decoded once, into the memory of `device`, and each
+    `Augmentation` works on whole batches. With other item transforms, or with `num_workers`, fastai's own loader reads
+    and augments the images one by one, in so many processes. Raises `InputError`.
+    """
+    files = image_files(path, every)
+    images = decode_images(files)
+    if item_tfms is None: item_tfms = [PadCrop(4), FlipLR(), Cutout(8)]
+    whole_batches = num_workers is None and all(isinstance(tfm, Augmentation) for tfm in item_tfms)
+    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,
+                      splitter=GrandparentSplitter(train_name='train', valid_name=TEST_FOLDERS),
+                      item_tfms=[FitSize(), *item_tfms], batch_tfms=Normalize.from_stats(*cifar_stats),
+                      dl_type=BatchDL if whole_batches else TfmdDL)
+    dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers or 0, device=device)
+    if len(dls.train) == 0:
+        share = f', taking one in {every}' if every > 1 else ''
+        raise InputError(f'{path} has {len(dls.train_ds)} training images{share}, fewer than one batch of {bs}; '
+                         'lower --bs')
+    return keep_images(dls, files, images)
+
+
+def get_learner(dls: DataLoaders, model: nn.Module | None = None, opt_func: Callable = fused_adam, wd: float = 0.1,
+                label_smoothing: float = 0.1, ema: float = 0.99, precision: str = 'auto', seed: int = 42,
+                path: str | Path = '.') -> Learner:
+    """A fastai `Learner` for `dls`, by default of the assignment's network; whatever it saves goes to `path`.
+
+    `model` may be any network that ends in logits or log-probabilities, `opt_func` any optimizer of fastai, or of torch
+    in a `TorchOptimizer`. `wd` is weight decay, not on batch norm and biases; `label_smoothing` applies to the training
+    loss alone. `ema` is the decay per step of the moving average of the weights that is tested and kept; 0 keeps the
+    last step's weights. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights of the
+    default network and all randomness of every epoch: on a CPU the same seed gives the same run. Raises `InputError`.
+    """
+    device = getattr(dls, 'device', None) or default_device()
+    precision = resolve_precision(precision, device)
+    with keep_random_state(device):
+        set_seed(seed)
+        if model is None: model = ResNet(3, len(dls.vocab))
+    cbs = [SeedEpochs(seed), History(), Misclassified(), StopOnNaN()]
+    if ema: cbs.append(WeightAverage(ema))
+    if precision != 'fp32': cbs.append(Precision(precision))
+    if device.type == 'cuda' and RANKS == 1: cbs.append(CUDAGraph())  # what processes exchange cannot be recorded
+    return RobustLearner(dls, model.to(device), loss_func=CrossEntropy(label_smoothing), opt_func=opt_func, wd=wd,
+                         metrics=accuracy, cbs=cbs, path=path, fast_model=ResNet)
+
+
+def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
+    """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
+
+    With batches smaller than 32 it is the median of seven finders (see `median_lrs`). Raises `RunError`.
+    """
+    find = partial(learn.lr_find, suggest_funcs=(valley, basin), show_plot=False)
+    lr_min, lr_max = median_lrs(learn, find)
+    if show_plot: plot_lrs(learn.recorder, lr_min, lr_max)
+    return lr_min, lr_max
 
 
 def experiment(run: Run):
-    """The whole of it: images → learner → learning rates → one cycle → results, all of them in the run's folder."""
+    """Data → learner → learning rates → one cycle → results, everything in the run's folder."""
     o = run.options
     print('Reading the images …', flush=True)
-    dls = by_machine(lambda: get_dls(get_data(o.data), bs=o.bs, every=10 if o.taste else 1))
-    out = run.claim(fingerprint(dls))
-    learn = get_learner(dls, run.precision, o.seed, out, o.ema, o.wd, o.label_smoothing)
-    parameters = sum(p.numel() for p in learn.model.parameters())
-    print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
-          f'{parameters:,} parameters, {run.precision} on {device_name(dls.device)}', flush=True)
-    save_figure(out/'augmented.png', figures.augmented, dls)
+    dls = one_by_machine(lambda: get_dls(get_data(o.data), bs=o.bs, every=10 if o.quick else 1))
+    run.claim_folder(dls)
+    learn = get_learner(dls, wd=o.wd, label_smoothing=o.label_smoothing, ema=o.ema, precision=run.precision,
+                        seed=o.seed, path=run.folder)
+    describe(learn, run.precision)
 
     if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
     else:
         print('Finding the learning rates …', flush=True)
-        lr_min, lr_max = by_first(saved_lrs, learn)
+        lr_min, lr_max = on_first(find_lrs, learn)
+        save_finder(learn, lr_min, lr_max)
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-    div = lr_max / lr_min  # fastai's div_final divides LRMAX: the end is LRMIN only with the start's divisor
-    found = dict(parameters=parameters, lr_min=lr_min, lr_max=lr_max, precision=run.precision)
+    # fastai's div and div_final both divide LRMAX; with div_final=1 the rate would stay at LRMAX for 19 epochs.
     try:
-        with shared_out(learn):
-            learn.fit_one_cycle(o.epochs, lr_max, div=div, div_final=div * o.final_div, pct_start=PCT_START,
-                                cbs=run.checkpoint(**found))
+        with data_parallel(learn):
+            learn.fit_one_cycle(o.epochs, lr_max, div=lr_max / lr_min, div_final=lr_max / (o.lr_end or lr_min),
+                                pct_start=PCT_START, cbs=run.checkpoint(lr_min, lr_max))
     finally: draw_training(learn)
-    if RANK: return
-    m = save_results(run, learn, **found)
-    print(f'{"taste" if o.taste else "run"} finished: training accuracy {m["train_accuracy"]:.2%}, '
-          f'test accuracy {m["test_accuracy"]:.2%}, first epoch over 90 %: {m["first_epoch_over_90"] or "none"}\n'
-          f'Everything is in {out}')
+    if RANK == 0: save_results(run, learn)
 
 
-def draw_training(learn: Learner):
-    """Draws what was recorded. After an error that counts for more than what drawing complains of."""
-    h, silent = learn.history, io.StringIO() if sys.exc_info()[0] else sys.stderr
-    with contextlib.redirect_stderr(silent):
-        if h.schedule: save_figure(learn.path/'schedule.png', figures.schedule, h.schedule, len(learn.dls.train))
-        if h.rows: save_figure(learn.path/'history.png', figures.history, h.rows, learn.loss_func.label_smoothing)
-
-
-def saved_lrs(learn: Learner) -> tuple[float, float]:
-    """(LRMIN, LRMAX) by `find_lrs`, whose curve is left in the run's folder. Raises `RunError`."""
-    lrs = find_lrs(learn)
-    curve = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
-    save_csv(learn.path/'lr_find.csv', pd.DataFrame(dict(zip(('lr', 'loss'), curve, strict=True))))
-    save_figure(learn.path/'lr_find.png', figures.lr_finder, *curve, *lrs)
-    return lrs
-
-
-def save_results(run: Run, learn: Learner, **found) -> dict:
-    """Writes numbers, report and weights, then what pictures can be drawn; returns the metrics.
-
-    `found` goes into the metrics: what the run found out before it trained.
-    """
-    dls, h, o, out = learn.dls, learn.history, run.options, run.folder
-    log_probs = get_log_probs(learn, dls.valid_ds.images)
-    targets = dls.valid_ds.labels.cpu()
-    counts = confusion_matrix(log_probs, targets)
-    wrong, classes = misclassified(log_probs, dls), class_scores(counts, dls.vocab)
-    metrics = dict(
-        **found, epochs=o.epochs, batch_size=o.bs, seed=o.seed, device=device_name(dls.device),
-        **{k: h.rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
-        first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > 0.9),
-        seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
-        test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=run.fingerprint,
-        versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
-        options=vars(o))
-    save_csv(out/'misclassified.csv', wrong)
-    save_csv(out/'classes.csv', classes)
-    write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
-    report = run_report(metrics, command_line(vars(o)), h.rows, h.schedule, len(wrong), classes,
-                        most_confused(counts, dls.vocab, 3))
-    write_whole(out/'report.md', report.encode())
-    save_state(out/'model.pth', learn.model.state_dict())
-    save_figure(out/'misclassified.png', figures.misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
-    save_figure(out/'confusion_matrix.png', figures.confusion_matrix, counts, dls.vocab)
-    losses = F.nll_loss(log_probs, targets, reduction='none')
-    save_figure(out/'top_losses.png', figures.top_losses, learn, losses)
-    return metrics
-
-
-def other_than_default(options: dict) -> dict:
-    """Those of `options` that differ from their defaults."""
-    return {k: v for k, v in options.items() if v != inspect.signature(main).parameters[k].default}
-
-
-def command_line(options: dict) -> str:
-    """The command that starts a run with `options`, in a new folder."""
-    command = [*COMMAND.split(), 'train_fastai.py']
-    for k, v in other_than_default(options | dict(out=None)).items():
-        command += [f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])]
-    return shlex.join(command)
+@dataclass(frozen=True)
+class Options:
+    """What a run is told on the command line."""
+    data: Annotated[str, "folder of 32×32 images in train/<class>/ and test/<class>/; default: CIFAR-10"] = None
+    out: Annotated[str, "folder for the run's results; default: runs/<date-time>"] = None
+    epochs: Annotated[int, 'passes over the training images'] = 24
+    bs: Annotated[int, 'batch size'] = 512
+    seed: Annotated[int, 'of initial weights, shuffling and augmentation'] = 42
+    lr_min: Annotated[float, 'learning rate at the start; with --lr-max, instead of the LR finder'] = None
+    lr_max: Annotated[float, 'learning rate at the peak; with --lr-min, instead of the LR finder'] = None
+    lr_end: Annotated[float, 'learning rate at the end; default: LRMIN, which is "no annihilation"'] = None
+    wd: Annotated[float, 'decoupled weight decay, not on batch norm and biases'] = 0.1
+    label_smoothing: Annotated[float, 'share of the label that training spreads over all classes'] = 0.1
+    ema: Annotated[float, 'decay of the moving average of the weights, which is tested and kept; 0 for none'] = 0.99
+    precision: Annotated[str, 'auto picks the fastest the hardware supports', dict(choices=PRECISIONS)] = 'auto'
+    quick: Annotated[bool, 'a quick look: a tenth of the images, at most 4 epochs, batches of at most 64'] = False
 
 
 @call_parse
 @one_line_errors('train_fastai.py')
+@takes_options(Options)
 def main(
-    data: str = None,  # folder with train/<class>/ and test/<class>/ images, 32×32; default: fastai's CIFAR-10
-    out: str = None,  # folder for the run's results; default: runs/<date-time>
-    epochs: int = 24,  # passes over the training images
-    bs: int = 512,  # batch size
-    seed: int = 42,  # of initial weights, shuffling and augmentation
-    lr_min: float = None,  # learning rate at the start and the end; with --lr-max, instead of the LR finder
-    lr_max: float = None,  # learning rate at the peak; with --lr-min, instead of the LR finder
-    final_div: float = 1,  # the last learning rate is LRMIN / final_div: 1 is no annihilation
-    wd: float = 0.1,  # decoupled weight decay, not on batch norm and biases
-    label_smoothing: float = 0.1,  # share of the label that training spreads over all classes
-    ema: float = 0.99,  # decay of the moving average of the weights, which is tested and kept; 0 for none
-    precision: str = 'auto',  # auto, fp32, bf16 or fp16; auto picks the fastest the hardware supports
-    taste: bool = False,  # a first look in minutes: a tenth of the images, epochs ≤ 4, bs ≤ 64
-    resume: str = None,  # folder of an interrupted run to resume, under its own options
+    resume: Annotated[str, 'folder of an interrupted run to resume, under its own options'] = None,
+    **kwargs
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
-    options = dict(data=data and str(data), out=out and str(out), epochs=epochs, bs=bs, seed=seed, lr_min=lr_min,
-                   lr_max=lr_max, final_div=final_div, wd=wd, label_smoothing=label_smoothing, ema=ema,
-                   precision=precision, taste=taste)
-    words = [o[2:].partition('=')[0].replace('-', '_') for o in sys.argv if o.startswith('--')] if is_cli() else []
-    given = {*other_than_default(options), *words} - {'resume'}
-    with joined(), Run(options, given, resume) as run: experiment(run)
+    with join_processes(), Run(Options(**kwargs), given_options(main, kwargs), resume) as run: experiment(run)

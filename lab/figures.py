@@ -1,17 +1,20 @@
-"""The figures of a run, one function per picture: recorded numbers, or fastai's own views, to a matplotlib figure."""
+"""The figures of a run, one function each: recorded numbers, or one of fastai's views, to a matplotlib figure."""
 from fastai.vision.all import *
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # the same colour for the same thing in all figures
+from lab.loader import list_augmentations
+from lab.speed import keep_random_state
+
+TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # one colour for one thing in all figures
 # Class names are shown letter by letter (one may be called $x$), in the first of these fonts that has the letters.
 FONTS = ('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK JP', 'Microsoft YaHei', 'PingFang SC', 'Segoe UI',
          'Arial Unicode MS', 'WenQuanYi Zen Hei', 'IPAGothic', 'FreeSans', 'Unifont')
 
 
 def with_names(draw: Callable) -> Callable:
-    """Decorates a function that draws class names."""
+    """Decorator for functions that draw class names: letter by letter, in fonts that have them."""
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
         fonts = [o for o in FONTS if o in font_manager.get_font_names()]
@@ -24,7 +27,7 @@ def short(name: str, width: int = 16) -> str:
     return name if len(name) <= width else f'{name[:width - 1]}…'
 
 
-def lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max: float) -> Figure:
+def draw_lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max: float) -> Figure:
     """The LR finder's curve, with the two rates that the run uses."""
     fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
     ax.plot(lrs, losses, color=TRAIN)
@@ -40,7 +43,7 @@ def lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max: floa
     return fig
 
 
-def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
+def draw_schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     """Learning rate and momentum of every training batch; `rows` as in schedule.csv."""
     batch, lr, momentum = ([row[k] for row in rows] for k in ('batch', 'lr', 'momentum'))
     fig, (top, bottom) = plt.subplots(2, figsize=(8, 6), sharex=True, layout='constrained', height_ratios=(2, 1))
@@ -60,7 +63,7 @@ def schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     return fig
 
 
-def history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) -> Figure:
+def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) -> Figure:
     """Loss and accuracy of both sets, epoch by epoch; `rows` as in history.csv.
 
     `label_smoothing` is that of the training loss, which the legend mentions.
@@ -76,16 +79,16 @@ def history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) 
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
     left.set(title='Cross-entropy loss', ylabel='loss (nats)')
-    right.axhline(target, color=MARK, linestyle='--', label=f'target, {target:.0%}')
-    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    right.set_title(f'Accuracy (test after the last epoch: {rows[-1]["test_accuracy"]:.2%})')
+    right.axhline(target, color=MARK, linestyle='--', label=f'target, {100 * target:.0f} %')
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=' %'))
+    right.set_title(f'Accuracy (test after the last epoch: {100 * rows[-1]["test_accuracy"]:.2f} %)')
     left.legend()
     right.legend(loc='lower right')
     return fig
 
 
 @with_names
-def misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
+def draw_misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
     """The first rows of `wrong`, as in misclassified.csv; `images` (n, 3, H, W) uint8 are theirs."""
     cols = 5
     lines = max(-(-len(images) // cols), 1)
@@ -95,15 +98,15 @@ def misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
         ax.imshow(image.permute(1, 2, 0), interpolation='nearest')
         actual, predicted = short(row.actual), short(row.predicted)
         arrow = ' → ' if len(actual + predicted) <= 22 else ' →\n'
-        ax.set_title(f'{actual}{arrow}{predicted} ({row.probability:.0%})', fontsize=10)
+        ax.set_title(f'{actual}{arrow}{predicted} ({100 * row.probability:.0f} %)', fontsize=10)
     fig.suptitle(f'Misclassified test images, the worst of {len(wrong):,}: actual → predicted (probability)')
     return fig
 
 
 @with_names
-def top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
+def draw_top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest `losses`, (N,) float on the CPU."""
-    interp = ClassificationInterpretation(learn, learn.dls.valid, losses)  # from_learner would test all over again
+    interp = ClassificationInterpretation(learn, learn.dls.valid, losses)  # from_learner would test once more
     interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     for ax in plt.gcf().axes:
         parts = [short(part) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability
@@ -112,14 +115,14 @@ def top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
 
 
 @with_names
-def confusion_matrix(counts: Tensor, vocab: list[str]) -> Figure:
+def draw_confusions(counts: ndarray, vocab: list[str]) -> Figure:
     """How often each class (row) was taken for each other (column); `counts` (classes, classes) int64."""
     n = len(vocab)
     every = -(-n // 50)  # more names than 50 would cover each other
     fig, ax = plt.subplots(figsize=(8, 7.5) if n <= 30 else (12, 11.5), layout='constrained')
-    off_diagonal = counts - torch.diag(counts.diag())
-    ax.imshow(off_diagonal, cmap='Reds')  # the diagonal would drown the errors, which one comes to see
-    for i, j in itertools.product(range(n), repeat=2) if n <= 30 else ():  # legible, and soon drawn
+    off_diagonal = counts - np.diag(counts.diagonal())
+    ax.imshow(off_diagonal, cmap='Reds')  # the diagonal would drown the errors
+    for i, j in itertools.product(range(n), repeat=2) if n <= 30 else ():  # more would not be legible
         dark = off_diagonal[i, j] > off_diagonal.max() / 2
         ax.text(j, i, f'{counts[i, j]}', ha='center', va='center', weight='bold' if i == j else 'normal',
                 color='white' if dark else 'black')
@@ -132,10 +135,15 @@ def confusion_matrix(counts: Tensor, vocab: list[str]) -> Figure:
 
 
 @with_names
-def augmented(dls: DataLoaders, n: int = 24) -> Figure:
-    """A training batch as the network sees it: cropped, flipped, with its hole."""
-    dls.train.show_batch(max_n=n, nrows=3, figsize=(12, 5.2), interpolation='nearest')
+def draw_augmented(dls: DataLoaders, n: int = 24) -> Figure:
+    """A training batch as the network sees it; it draws from generators of its own."""
+    rng = dls.train.rng
+    with keep_random_state(dls.device):
+        set_seed(0)
+        dls.train.rng = random.Random(0)
+        dls.train.show_batch(max_n=n, nrows=3, figsize=(12, 5.2), interpolation='nearest')
+    dls.train.rng = rng
     fig = plt.gcf()
     for ax in fig.axes: ax.set_title(short(ax.get_title()), fontsize=10)
-    fig.suptitle('Training images as the network sees them: pad 4 + crop, flip, cutout 8×8')
+    fig.suptitle(f'Training images as the network sees them: {", ".join(list_augmentations(dls))}')
     return fig

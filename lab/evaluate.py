@@ -1,0 +1,59 @@
+"""What a network says of images, and how often it is right: log-probabilities, confusion matrix, scores, errors."""
+from fastai.vision.all import *
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+PREDICT_BS = 512
+
+
+def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
+    """The network's answers for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
+
+    It calls the network directly, so several threads may use it at once. Networks that end in logits or in
+    log-probabilities give the same: log-softmax leaves the latter as they are.
+    """
+    device, answers = next(learn.model.parameters()).device, []
+    precision = getattr(learn, 'mixed_precision', None)
+    dtype = torch.bfloat16 if precision is None or precision.amp_mode == AMPMode.BF16 else torch.float16
+    learn.model.eval()
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=precision is not None):
+        for batch in images.split(PREDICT_BS):
+            x, = learn.dls.valid.after_batch((TensorImage(batch.to(device)),))
+            answers.append(F.log_softmax(learn.model(x.as_subclass(Tensor)), 1, dtype=torch.float32).cpu())
+    return torch.cat(answers)
+
+
+def count_confusions(log_probs: Tensor, targets: Tensor) -> ndarray:
+    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
+
+    `log_probs` (N, classes) float, `targets` (N,) int64.
+    """
+    return confusion_matrix(targets, log_probs.argmax(1), labels=range(log_probs.shape[1]))
+
+
+def score_classes(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd.DataFrame:
+    """The columns `class, images, recall, precision`; a share of nothing is NaN. Arguments as `count_confusions`."""
+    precision, recall, _, images = precision_recall_fscore_support(
+        targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
+    return pd.DataFrame({'class': list(vocab), 'images': images, 'recall': recall, 'precision': precision})
+
+
+def list_confusions(counts: ndarray, vocab: list[str], n: int = 10) -> pd.DataFrame:
+    """The at most `n` most frequent errors as `actual, predicted, images`, from a confusion matrix."""
+    mistakes = pd.DataFrame(counts - np.diag(counts.diagonal()), list(vocab), list(vocab)).rename_axis('actual')
+    mistakes = mistakes.rename_axis('predicted', axis=1).stack().reset_index(name='images')
+    return mistakes[mistakes.images > 0].nlargest(n, 'images')
+
+
+def list_misclassified(log_probs: Tensor, targets: Tensor, files: Sequence[Path], vocab: list[str], path: Path
+                       ) -> pd.DataFrame:
+    """Every wrong image as `file, actual, predicted, probability, loss`, the largest loss first.
+
+    `log_probs` (N, classes) float and `targets` (N,) int64 belong to the `files`, which are shown relative to `path`.
+    The index is an image's place among them.
+    """
+    vocab = np.array(vocab)
+    log_prob, predicted = log_probs.max(dim=1)
+    table = pd.DataFrame(dict(
+        file=[f.relative_to(path).as_posix() for f in files], actual=vocab[targets], predicted=vocab[predicted],
+        probability=log_prob.exp(), loss=F.nll_loss(log_probs, targets, reduction='none')))
+    return table[(predicted != targets).numpy()].sort_values('loss', ascending=False, kind='stable')

@@ -1,0 +1,202 @@
+"""What makes training fast: precision, recorded GPU steps, memory layout, side-by-side convolutions, memory kept.
+
+Everything here is in place only during a fit. What a user holds, the model, its weights, a file, stays plain.
+"""
+import contextlib
+import ctypes
+import platform
+import sys
+import warnings
+
+from fastai.vision.all import *
+
+from lab.errors import InputError
+from lab.processes import RANKS
+
+PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
+SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (docs/speed.md)
+
+
+class Precision(MixedPrecision):
+    """fastai's mixed precision, with 'bf16' on a CPU, too, where fastai's own would train in float32.
+
+    `after_loss` is skipped by an error in a forward pass, so the autocast is also left with the learner's
+    `during_batch`: if it stayed entered, its cache of cast weights would be what later learners train on.
+    """
+    name = 'mixed_precision'  # where fastai looks for it
+
+    def before_fit(self):
+        if next(self.model.parameters()).device.type != 'cpu' or self.amp_mode != AMPMode.BF16:
+            super().before_fit()
+            return
+        self.autocast, self.scales = torch.autocast('cpu', dtype=torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=False)
+
+    def before_batch(self): self.during_batch.enter_context(self.autocast)
+
+    def after_loss(self): self.during_batch.close()
+
+    def state_dict(self) -> dict: return self.learn.scaler.state_dict()
+
+    def load_state_dict(self, state: dict): self.learn.scaler.load_state_dict(state)
+
+
+class CUDAGraph(Callback):
+    """Records the network's forward and backward pass on a GPU once and replays them in every step.
+
+    The kernels and their results are the same; launching them one by one takes a fast GPU longer than computing them.
+    """
+    order = Precision.order + 1  # within its autocast
+
+    def before_batch(self):
+        if not self.training or not self.learn.is_training_fast or 'forward' in vars(self.model): return
+        statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
+        images = self.x.as_subclass(Tensor).clone()
+        self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
+        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
+        with torch.autocast('cuda', dtype, enabled=enabled, cache_enabled=False), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
+            torch.cuda.make_graphed_callables(self.model, (images,))  # evaluation stays as it was
+        for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
+
+    def after_fit(self): vars(self.model).pop('forward', None)
+
+    before_fit = after_fit
+
+
+class SideBySideConv2d(nn.Conv2d):
+    """A 3×3 convolution that lays small images of a batch side by side: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`.
+
+    oneDNN's AMX convolutions fill their tiles along the width of a map, and small maps leave most of a tile empty. A
+    column of zeros keeps neighbours apart, as padding does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if w > SMALL_MAP: return super().forward(x)
+        wide = F.pad(x.permute(2, 0, 3, 1), (0, 0, 0, 1)).reshape(1, h, n * (w + 1), c)
+        out = super().forward(wide.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return out.reshape(h, n, w + 1, -1)[:, :, :w].permute(1, 3, 0, 2)
+
+
+def fits_side_by_side(module: nn.Module) -> bool:
+    """Whether `SideBySideConv2d` computes what the convolution `module` does."""
+    return type(module) is nn.Conv2d and (
+        (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
+
+
+def set_layout(model: nn.Module, opt, memory_format: torch.memory_format):
+    """Bring the 4-d weights of `model` to `memory_format`, and with them their gradients and moments.
+
+    A fused optimizer on a CPU pairs weights and moments by memory, not by index: with another layout on one side it
+    would step wrongly, without an error.
+    """
+    model.to(memory_format=memory_format)
+    if opt is not None: match_layout(opt)
+
+
+def match_layout(opt):
+    """Give every moment in the state of `opt` the memory layout of its weight."""
+    for p, state in getattr(opt, 'opt', opt).state.items():
+        for k, v in state.items():
+            if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride():
+                state[k] = torch.empty_like(p).copy_(v)
+
+
+def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
+    """A state-dict hook: whatever takes the state dict during a fit, a file above all, gets contiguous tensors."""
+    for k, v in state.items():
+        if k.startswith(prefix) and isinstance(v, Tensor): state[k] = v.contiguous()
+
+
+@contextlib.contextmanager
+def fast_layout(learn: Learner):
+    """Context manager for a fit: weights in channels-last memory, and small maps side by side on a CPU with AMX."""
+    model, device = get_model(learn.model), learn.device
+    if not learn.is_training_fast or device.type not in ('cpu', 'cuda'):
+        yield
+        return
+    amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and torch.cpu.get_capabilities().get('amx_bf16')
+    convs = [m for m in model.modules() if fits_side_by_side(m)] if amx else []
+    plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose channels-last
+    hook = model.register_state_dict_post_hook(make_contiguous)
+    try:
+        for conv in convs: conv.__class__ = SideBySideConv2d
+        set_layout(model, learn.opt, torch.channels_last)
+        yield
+    finally:
+        for conv in convs: conv.__class__ = nn.Conv2d
+        if plain: set_layout(model, learn.opt, torch.contiguous_format)
+        hook.remove()
+
+
+@contextlib.contextmanager
+def keep_freed_memory():
+    """Context manager that keeps the memory of freed tensors: returning it and asking again costs an eighth of a step.
+
+    For a CPU on Linux with glibc. Afterwards the memory is returned, and glibc's thresholds are close to what its own
+    dynamic rule arrives at, which is switched off for good once `mallopt` was called.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'):
+        yield
+        return
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+    try:
+        libc.mallopt(m_mmap_max, 0)  # no mapping of its own for a large tensor
+        libc.mallopt(m_trim_threshold, -1)  # never shrink the heap
+        yield
+    finally:
+        libc.mallopt(m_mmap_max, 65536)
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)
+        libc.mallopt(m_trim_threshold, 64 * 2**20)
+        libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def keep_random_state(device: torch.device):
+    """Context manager after which the caller's random generators and `cudnn.benchmark` are as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_device = {'cuda': torch.cuda, 'mps': torch.mps}.get(device.type)
+    device_state, benchmark = on_device and on_device.get_rng_state(), torch.backends.cudnn.benchmark
+    try: yield
+    finally:
+        for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True):
+            restore(state)
+        if on_device: on_device.set_rng_state(device_state)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextlib.contextmanager
+def train_fast(learn: Learner):
+    """Context manager for a fit of `learn`: all that makes it fast, gone without a trace at its end."""
+    memory = keep_freed_memory() if learn.device.type == 'cpu' else contextlib.nullcontext()
+    with keep_random_state(learn.device), memory, fast_layout(learn):
+        torch.backends.cudnn.benchmark = True
+        yield
+
+
+def best_precision(device: torch.device) -> str:
+    """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
+    if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+    if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return 'fp32'
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # ONEDNN_MAX_CPU_ISA may forbid it
+    has = torch.cpu.get_capabilities()
+    return 'bf16' if has.get('amx_bf16') or has.get('avx512_bf16') else 'fp32'
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`precision`, with 'auto' resolved for `device`. Raises `InputError` for one that does not exist there."""
+    if precision not in PRECISIONS: raise InputError(f'--precision {precision} is not one of {", ".join(PRECISIONS)}')
+    if precision == 'fp16' and device.type != 'cuda':
+        raise InputError(f'--precision fp16 needs a CUDA GPU, not "{device.type}"; use bf16 or fp32')
+    return best_precision(device) if precision == 'auto' else precision
+
+
+def device_name(device: torch.device) -> str:
+    """The processor in words."""
+    several = f'{RANKS} × ' if RANKS > 1 else ''
+    if device.type == 'cuda': return several + torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
+    return f'{several}{device.type}, {name}, {torch.get_num_threads()} threads'
