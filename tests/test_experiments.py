@@ -1,6 +1,8 @@
 import json
 import math
+import runpy
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -14,10 +16,11 @@ from fastai.callback.core import Callback
 from filelock import FileLock
 from PIL import Image
 
+import lab.results
 import train_fastai
 from experiments import gpu, page, repeat
 from lab.runs import load_state
-from train_fastai import MEAN_COLOUR, find_lrs, get_dls, get_learner
+from train_fastai import MEAN_COLOUR, Cutout, FlipLR, PadCrop, find_lrs, get_dls, get_learner
 
 AVERAGES = 0.99, 0.995, 0.998
 
@@ -27,7 +30,7 @@ def options(tmp_path) -> dict: return dict(data=make_folder(tmp_path/'d', train=
 
 
 @pytest.fixture
-def no_figures(monkeypatch): monkeypatch.setattr(train_fastai, 'save_figure', lambda *_: None)
+def no_figures(monkeypatch): monkeypatch.setattr(lab.results, 'save_figure', lambda *_: None)
 
 
 @pytest.mark.parametrize(('table', 'images'), [('ingredients', (54, 6)), ('schedule', (60, 12))])
@@ -105,7 +108,9 @@ def test_the_experiment_is_that_of_train_fastai_and_goes_on_where_it_was(options
     assert (folder/'checkpoint.pth').exists()
     assert not (folder/'model.pth').exists()
     assert repeat.load_results(options['out']).empty
-    repeat.main('seeds', **run)
+    command = ['repeat.py', 'seeds', *(str(o) for k, v in run.items() for o in (f'--{k}', v))]
+    monkeypatch.setattr(sys, 'argv', command)
+    runpy.run_path(str(ROOT/'experiments/repeat.py'), run_name='__main__')
     r, = repeat.load_results(options['out']).itertuples()
     for k in ('lr_min', 'lr_max', 'train_accuracy', 'test_loss'): assert getattr(r, k) == alone[k], k
     assert (r.accuracy, r.ema, r.wd, r.padding, r.torch) == (
@@ -141,11 +146,14 @@ def test_no_row_is_lost_when_several_write_at_once(tmp_path):
     assert rows.x.tolist() == [n / 7 for n in range(40)]
 
 
-def test_padding_with_the_mean_colour():
+def test_padding_with_the_mean_colour(monkeypatch):
     x = torch.arange(2 * 3 * 32 * 32, dtype=torch.uint8).view(2, 3, 32, 32)
-    padded = repeat.make_tfms('mean-colour')[0].padded(x)
-    assert (padded[:, :, 4:36, 4:36] == x).all()
+    pad, *others = repeat.make_tfms('mean-colour')
+    monkeypatch.setattr(PadCrop, 'draw', lambda self, high, x: torch.zeros(len(x), dtype=torch.int64))
+    padded = pad.augment(x)
+    assert (padded[:, :, 4:, 4:] == x[:, :, :28, :28]).all()
     assert (padded[:, :, :4] == torch.tensor(MEAN_COLOUR)[:, None, None]).all()
+    assert [type(tfm) for tfm in others] == [FlipLR, Cutout]
 
 
 def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_left_alone(tmp_path, monkeypatch):
@@ -226,8 +234,9 @@ def test_the_findings_are_those_of_the_published_results():
                   f'{more[0]:.2f} points more (standard error {error[0]:.2f})',
                   f'{more[0.99]:.2f} points (standard error {error[1]:.2f})'): assert words in found
     low, high = (o[0.99] - o[0] for o in (low, high))
+    errors = f'{low.sem():.2f} and {high.sem():.2f}'
     assert f'gains {low.mean():.2f} points over the last step\'s weights at a quarter' in found
-    assert f'and {high.mean():.2f} at half or all of it, with standard errors of {low.sem():.2f} and {high.sem():.2f}' in found
+    assert f'{high.mean():.2f} at half or all of it, with standard errors of {errors}' in found
     assert runs[[*AVERAGES]].mean().agg(np.ptp) == pytest.approx(0.03, abs=0.005)
     schedule = results[results.table == 'schedule'].groupby('arm').accuracy.mean()
     costs = 100 * (schedule['ends-at-lrmin'] - schedule['div-final-1-holds-lrmax'])
