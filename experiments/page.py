@@ -21,17 +21,17 @@ from lab.report import table as make_table
 from lab.runs import save_figure, write_whole
 
 
-def spread(values: pd.Series, form: str = '.2f') -> str:
+def format_mean(values: pd.Series, form: str = '.2f') -> str:
     """Mean ± standard deviation, as 92.73 ± 0.15; a single value has no deviation."""
     return f'{values.mean():{form}}' + (f' ± {values.std():.2f}' if len(values) > 1 else '')
 
 
-def spread_percent(shares: pd.Series) -> str:
-    """`spread` of shares between 0 and 1, as 92.73 ± 0.15 %."""
-    return f'{spread(100 * shares)} %'
+def format_percent(shares: pd.Series) -> str:
+    """`format_mean` of shares between 0 and 1, as 92.73 ± 0.15 %."""
+    return f'{format_mean(100 * shares)} %'
 
 
-def span(rates: pd.Series) -> str:
+def format_range(rates: pd.Series) -> str:
     """The lowest and the highest of some learning rates."""
     return ' to '.join(dict.fromkeys(map(format_rate, (rates.min(), rates.max()))))
 
@@ -43,7 +43,7 @@ def tabulate_seeds(runs: pd.DataFrame) -> str:
         rows += [(arm, r.seed, format_rate(r.lr_min), format_rate(r.lr_max), *(f'{100 * o:.2f} %' for o in r[shares]),
                   'none' if pd.isna(r.first_epoch_over_90) else int(r.first_epoch_over_90))
                  for _, r in group.iterrows()]
-        means = [f'**{spread_percent(group[share])}**' for share in shares]
+        means = [f'**{format_percent(group[share])}**' for share in shares]
         rows.append((f'**{arm}**', f'mean ± sd, N = {len(group)}', '', '', *means, ''))
     return make_table('| recipe | seed | LRMIN | LRMAX | training accuracy | test accuracy | flip averaging '
                       '| first epoch over 90 % |\n|---|---|--:|--:|--:|--:|--:|--:|', rows)
@@ -54,7 +54,7 @@ def tabulate_finders(runs: pd.DataFrame) -> str:
     rows = []
     for (bs, images), group in runs.groupby(['batch_size', 'train_images']):
         ratios = [f'{group[k].max() / group[k].min():.2g}' for k in ('lr_max', 'minimum')]
-        rows.append((bs, f'{images:,}', len(group), span(group.lr_min), span(group.lr_max), *ratios))
+        rows.append((bs, f'{images:,}', len(group), format_range(group.lr_min), format_range(group.lr_max), *ratios))
     return make_table('| batch size | images | N | LRMIN | LRMAX | highest / lowest LRMAX | the same of `minimum` |\n'
                       '|--:|--:|--:|--:|--:|--:|--:|', rows)
 
@@ -66,9 +66,9 @@ def tabulate_arms(runs: pd.DataFrame) -> str:
         if not rows: first = group.accuracy
         gains = 100 * (group.accuracy - first).dropna() if rows else []
         rows.append((arm, f'average, decay {ema:g}' if ema else 'last step',
-                     f'{len(group)} ({", ".join(map(str, group.index))})', '' if ema else span(group.lr_max),
-                     '' if ema else spread_percent(group.train_accuracy), spread_percent(group.accuracy),
-                     spread(gains, '+.2f') if len(gains) else '', spread_percent(group.accuracy_flip)))
+                     f'{len(group)} ({", ".join(map(str, group.index))})', '' if ema else format_range(group.lr_max),
+                     '' if ema else format_percent(group.train_accuracy), format_percent(group.accuracy),
+                     format_mean(gains, '+.2f') if len(gains) else '', format_percent(group.accuracy_flip)))
     return make_table('| recipe | weights | N (seeds) | LRMAX | training accuracy | accuracy | gain '
                       '| flip averaging |\n|---|---|---|--:|--:|--:|--:|--:|', rows)
 
@@ -90,7 +90,7 @@ def draw_schedules(runs: pd.DataFrame, folder: Path) -> Figure:
         r = group.iloc[0]
         cycle = combined_cos(PCT_START, r.lr_min, r.lr_max, r.lr_max / r.div_final)
         ax.plot(r.epochs * shares, [float(cycle(o)) for o in shares], style, linewidth=2,
-                label=f'{arm}: {spread_percent(group.accuracy)}')
+                label=f'{arm}: {format_percent(group.accuracy)}')
     ax.legend(loc='upper right')
     return ax.figure
 

@@ -165,17 +165,17 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs
           checkpoints: bool = True) -> list[dict]:
     """Train with the changes of `arm`, or resume in `folder`; return a row for every kind of weights.
 
-    `lrs` are LRMIN and LRMAX before `lr_max_factor` is applied.
+    `lrs` are LRMIN and LRMAX before `lr_max_factor` is applied. A resumed run keeps those that it started with.
     """
-    recipe = RECIPE | arm
-    lr_min, lr_max = lrs[0], recipe['lr_max_factor'] * lrs[1]
+    recipe, file = RECIPE | arm, folder/Checkpoint.file
+    state = load_state(file) if file.exists() else None
+    lr_min, lr_max = state['lrs'] if state else (lrs[0], recipe['lr_max_factor'] * lrs[1])
     div_final = recipe['div_final'] or lr_max / lr_min
     learn = get_learner(dls, opt_func=partial(fused_adam, eps=recipe['eps']), wd=recipe['wd'],
                         label_smoothing=recipe['label_smoothing'], ema=0, seed=seed, path=folder)
-    file = folder/Checkpoint.file
-    cbs = [Checkpoint({}, load_state(file) if file.exists() else None)] if checkpoints else []
-    with learn.added_cbs([keeper := KeepAverages(), *cbs]):
-        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START)
+    cbs = [keeper := KeepAverages()]
+    if checkpoints: cbs.append(Checkpoint(dict(lrs=(lr_min, lr_max)), state))
+    learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START, cbs=cbs)
     h = learn.history
     row = recipe | describe(dls) | dict(
         lr_min=lr_min, lr_max=lr_max, div_final=div_final, train_accuracy=h.rows[-1]['train_accuracy'],
