@@ -49,9 +49,9 @@ class Progress(ProgressCallback):
     name = 'progress'  # where fastai looks for it
 
     def before_fit(self):
-        if SHOW_PROGRESS: return super().before_fit()
-        if self.create_mbar: self.mbar = MasterBar(range(self.n_epoch), ProgressBar)
-        with self.learn.no_mbar(): super().before_fit()
+        silent = contextlib.nullcontext() if SHOW_PROGRESS else self.learn.no_mbar()
+        if self.create_mbar and not SHOW_PROGRESS: self.mbar = MasterBar(range(self.n_epoch), ProgressBar)
+        with silent: super().before_fit()
 
     def _launch_pbar(self):
         if SHOW_PROGRESS: super()._launch_pbar()
