@@ -4,8 +4,8 @@
     python -m experiments.gpu runs/gpu --minutes 9
 
 First `ALONE`, whose times count, one command at a time; then several processes share the GPU and work through `PLAN`.
-Every result is written as soon as it is known: a session that is cut off loses only what was running, and another one
-with the same folder continues it. An H100 manages about three runs a minute, however many processes share it.
+Every result is written as soon as it is known: if time runs out, only what was running is lost, and the same command
+continues with the rest. An H100 manages about three runs a minute, however many processes share it.
 """
 import contextlib
 import multiprocessing
