@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, make_folder
-from test_run import OPTIONS
 
-import run
-from errors import InputError
+from lab import runs
+from lab.errors import InputError
+from train_fastai import Options
 
 BS, EPOCHS, BATCHES = 16, 2, 3
 RATES = '--lr-min', 1e-4, '--lr-max', 1e-3
@@ -120,6 +120,6 @@ def test_both_processes_use_the_rates_that_the_first_one_finds(images, tmp_path)
 
 
 def test_a_batch_that_cannot_be_shared_out(monkeypatch):
-    monkeypatch.setattr(run, 'RANKS', 2)
+    monkeypatch.setattr(runs, 'RANKS', 2)
     with pytest.raises(InputError, match='--bs 15 is not a multiple of 2, the number of processes'):
-        run.Run(OPTIONS | dict(bs=15), {'bs'}, None)
+        runs.Run(Options(bs=15), {'bs'})
