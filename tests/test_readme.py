@@ -42,7 +42,7 @@ def test_its_numbers_are_those_of_the_published_runs(results):
     mean = format_percent(runs.accuracy)
     assert README.startswith(f'# CIFAR-10 with fastai: {100 * runs.accuracy.mean():.2f} % in 24 epochs')
     assert f'\n| this program | {mean} |' in README
-    assert f'of {100 * runs.accuracy_flip.mean():.2f} %' in UNWRAPPED
+    assert f'gives {100 * runs.accuracy_flip.mean():.2f} %' in UNWRAPPED
     assert f'{mean} test accuracy (mean ± sd, n = 5)' in train_fastai.__doc__
     per_epoch = f'{(runs.seconds_training / 24).mean():.1f} s'
     for row, value in (('test accuracy, epoch 24', f'{mean} (mean ± sd, n = 5)'),
@@ -124,8 +124,9 @@ def test_every_command_runs(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def blocks(folder, tmp_path, monkeypatch) -> list[str]:
-    """The blocks of Python that it shows, made for small data, to run in a folder with a run and an image."""
-    blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    """The recipe, its changes, and a prediction, made for small data, in a folder with a run and an image."""
+    recipe, changes, prediction = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    blocks = [recipe, *changes.split('\n\n'), prediction]
     for old, new in (('untar_data(URLs.CIFAR)', repr(str(folder))), ('get_dls(path)', 'get_dls(path, bs=8)'),
                      ('(24,', '(1,'), ("get_dls('my_images')", f'get_dls({str(folder)!r}, bs=8)')):
         assert sum(block.count(old) for block in blocks) == 1
