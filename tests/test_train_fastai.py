@@ -2,8 +2,10 @@ import json
 import math
 import random
 import re
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, LR_MAX, LR_MIN, end, ends, ends_unforeseen, make_folder, one_cycle
+from conftest import ROOT, end, ends, ends_unforeseen, make_folder, one_cycle
 from fastai.vision.all import (
-    SGD,
     Adam,
     Callback,
     ClassificationInterpretation,
@@ -26,11 +27,13 @@ from fastai.vision.all import (
     defaults,
     load_learner,
     ranger,
+    set_seed,
 )
 from kill import command, differences, kill_runs, run_options
 from PIL import Image
 from torch import nn
 
+import predict
 import train_fastai
 from arch import ResNet
 from callbacks import History, SeedEpochs
@@ -309,7 +312,9 @@ class TestRunFolder:
     def test_weights_are_a_plain_state_dict_that_gives_the_recorded_accuracy(self, run, folder):
         out, _, _ = run
         net = ResNet(n_out=3, width=64)
-        net.load_state_dict(torch.load(out/'model.pth', weights_only=True))
+        weights = torch.load(out/'model.pth', weights_only=True)
+        assert all(w.is_contiguous() for w in weights.values())
+        net.load_state_dict(weights)
         net.eval()
         right = sum((net(x.as_subclass(torch.Tensor)).argmax(1) == y).sum() for x, y in get_dls(folder, bs=6).valid)
         assert right.item() / 12 == pytest.approx(json.loads((out/'metrics.json').read_text())['test_accuracy'])
@@ -471,12 +476,40 @@ def test_too_little_memory_is_one_line(folder, tmp_path, capsys, monkeypatch, er
     assert '--lr-min' not in line
 
 
-def test_bad_input_on_the_command_line(tmp_path):
-    """A default that is given counts as given."""
-    done = run_program('--resume', tmp_path/'out', '--bs', 512)
-    assert done.returncode == 2
-    assert done.stderr == 'train_fastai.py: error: --bs: --resume takes --data and no other option\n'
+@pytest.fixture
+def program(monkeypatch):
+    """A function that runs train_fastai.py with arguments, as a command does, but in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['train_fastai.py', *map(str, args)])
+        runpy.run_path(str(ROOT/'train_fastai.py'), run_name='__main__')
+    yield run
+    for number, handler in handlers.items(): signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('resume', ['--resume', '--resu'])
+@pytest.mark.parametrize('more', [['--bs', 512], ['--bs=512'], ['--b', '512']], ids=str)
+def test_bad_input_on_the_command_line(program, tmp_path, capsys, resume, more):
+    """A default that is given counts as given, also where argparse completes an option's name."""
+    for args in ([resume, tmp_path/'out', *more], [*more, resume, tmp_path/'out']):
+        assert ends(capsys, 2, program, *args) == 'error: --bs: --resume takes --data and no other option\n'
     assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_choices_of_an_option(program, capsys):
+    with pytest.raises(SystemExit) as e: program('--help')
+    assert e.value.code == 0
+    assert '--precision {auto,fp32,bf16,fp16}' in capsys.readouterr().out
+    assert "--precision: invalid choice: 'int8'" in end(capsys, 2, program, '--precision', 'int8')
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_shortened_resume_resumes(program, folder, whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path/'out'
+    disturbed(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
+    ends(capsys, 130, start, folder=folder, out=out)
+    program('--resu', out, f'--dat={folder}')
+    assert differences(whole, out) == []
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder, run, tmp_path, capsys):
@@ -527,6 +560,7 @@ def test_ctrl_c_and_resume_end_like_the_run_that_was_left_alone(folder, whole, t
     assert len(pd.read_csv(out/'history.csv')) == 3
     assert (out/'history.png').exists()
     assert not (out/'model.pth').exists()
+    assert not (out/'.lock').exists()
     assert '--out: --resume takes' in ends(capsys, 2, main, resume=str(out), out=str(tmp_path/'elsewhere'))
     assert '--epochs: --resume takes' in ends(capsys, 2, main, resume=str(out), epochs=7)
     other = make_folder(tmp_path/'other', seed=1)
@@ -557,6 +591,118 @@ def test_a_run_that_only_lacks_its_results_is_finished(folder, whole, tmp_path, 
     monkeypatch.undo()
     main(resume=str(out))
     assert differences(whole, out) == []
+
+
+@pytest.mark.usefixtures('no_pictures')
+@pytest.mark.parametrize('error', [ValueError('too many values'), OSError(28, 'No space left on device'),
+                                   RuntimeError('CUDA error: an illegal memory access was encountered')], ids=repr)
+def test_an_error_nobody_foresaw_shows_its_traceback_and_how_to_resume(folder, whole, tmp_path, capsys, monkeypatch,
+                                                                     error):
+    out = tmp_path/'out'
+    def fail(self, x):
+        if len(calls := calls_of_forward) == 13: raise error
+        calls.append(x)
+        return forward(self, x)
+    forward, calls_of_forward = ResNet.forward, []
+    with monkeypatch.context() as m:
+        m.setattr(ResNet, 'forward', fail)
+        line = ends_unforeseen(capsys, error, start, folder=folder, out=out)
+    assert line.endswith(f'; once that is fixed, resume it with: python train_fastai.py --resume {out}')
+    assert len(pd.read_csv(out/'history.csv')) == 2  # of five batches each
+    assert not (out/'.lock').exists()
+    main(resume=out)
+    assert differences(whole, out) == []
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_resumed_run_whose_checkpoint_has_no_answers_tests_once_more(folder, whole, tmp_path):
+    state = torch.load(whole/'checkpoint.pth', weights_only=True)
+    state['callbacks']['misclassified'] = dict(log_probs=None, targets=None)
+    torch.save(state, tmp_path/'checkpoint.pth')
+    main(resume=tmp_path)
+    ours, theirs = (pd.read_csv(out/'misclassified.csv') for out in (tmp_path, whole))
+    assert ours[['file', 'actual', 'predicted']].equals(theirs[['file', 'actual', 'predicted']])
+    for name in ('probability', 'loss'): assert ours[name].tolist() == pytest.approx(theirs[name].tolist(), abs=1e-2)
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_the_rate_ends_at_lr_end(folder, tmp_path):
+    main(data=folder, out=tmp_path/'out', epochs=4, bs=8, lr_min=1e-4, lr_max=1e-3, lr_end=1e-6)
+    lrs = pd.read_csv(tmp_path/'out/schedule.csv').lr
+    assert list(lrs) == pytest.approx([one_cycle(i, 12, 1e-4, 1e-3, 1e-6) for i in range(12)])
+
+
+def small_network() -> nn.Module:
+    """A network of somebody's own, which ends in logits."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveMaxPool2d(2),
+                         nn.Flatten(), nn.Linear(32, 3))
+
+
+def ours_in_logits() -> nn.Module:
+    """The network of `whole`, with the same initial weights, but for its last stage."""
+    set_seed(42)
+    net = ResNet(3, 3)
+    net.softmax = nn.Identity()
+    return net
+
+
+CHANGES = dict(Adam=dict(opt_func=Adam), ranger=dict(opt_func=ranger),
+               torch_SGD=dict(opt_func=partial(TorchOptimizer, opt=torch.optim.SGD, momentum=0.9)),
+               torch_Adam=dict(opt_func=partial(TorchOptimizer, opt=torch.optim.Adam)),
+               own_network=dict(model=small_network))
+
+
+def changed(monkeypatch, changes: dict, *cbs):
+    """Makes runs use a learner that somebody has changed, with these callbacks."""
+    def get(*args, **kwargs):
+        made = {k: v() if k == 'model' else v for k, v in changes.items()}
+        return get_learner(*args, **kwargs | made).add_cbs(cbs)
+    monkeypatch.setattr(train_fastai, 'get_learner', get)
+
+
+@pytest.mark.usefixtures('no_pictures')
+@pytest.mark.parametrize('change', CHANGES)
+def test_a_run_with_another_optimizer_or_network_resumes_like_any(folder, whole, tmp_path, capsys, monkeypatch, change):
+    set_seed(0)
+    changed(monkeypatch, CHANGES[change])
+    start(folder, tmp_path/'undisturbed')
+    assert 'model.pth' in differences(whole, tmp_path/'undisturbed')
+    set_seed(0)
+    changed(monkeypatch, CHANGES[change], Disturb(lambda: signal.raise_signal(signal.SIGINT)))
+    ends(capsys, 130, start, folder=folder, out=tmp_path/'out')
+    changed(monkeypatch, CHANGES[change])
+    main(resume=tmp_path/'out')
+    assert differences(tmp_path/'undisturbed', tmp_path/'out') == []
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_network_that_ends_in_logits_gives_the_same_tables(folder, tmp_path, monkeypatch):
+    options = dict(data=folder, epochs=4, bs=8, lr_min=1e-4, lr_max=1e-3, precision='fp32')
+    main(out=tmp_path/'ours', **options)
+    changed(monkeypatch, dict(model=ours_in_logits))
+    main(out=tmp_path/'theirs', **options)
+    ours, theirs = (pd.read_csv(tmp_path/name/'misclassified.csv') for name in ('ours', 'theirs'))
+    assert 0 < len(ours) < 12
+    assert ours[['file', 'actual', 'predicted']].equals(theirs[['file', 'actual', 'predicted']])
+    for name in ('probability', 'loss'): assert theirs[name].tolist() == pytest.approx(ours[name].tolist(), abs=1e-5)
+    assert (tmp_path/'ours/classes.csv').read_bytes() == (tmp_path/'theirs/classes.csv').read_bytes()
+    report = (tmp_path/'theirs/report.md').read_text()
+    assert '| last stage | SoftMax | Identity |' in report
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_run_of_another_network_is_loaded_into_that_network(folder, tmp_path, capsys, monkeypatch):
+    changed(monkeypatch, dict(model=small_network))
+    start(folder, out := tmp_path/'out')
+    line = f'{out}/model.pth does not hold the weights of ResNet; load_run(…, model=…) takes another network'
+    with pytest.raises(InputError) as e: load_run(out)
+    assert str(e.value) == line
+    assert ends(capsys, 2, predict.main, str(out), str(folder/'test/red/0.png')) == f'error: {line}\n'
+    learn = load_run(out, folder, model=small_network())
+    m = json.loads((out/'metrics.json').read_text())
+    assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']], abs=1e-2)
+    assert load_run(out, model=small_network()).predict(folder/'test/red/0.png')[0] in ('blue', 'green', 'red')
+    with pytest.raises(InputError, match='does not hold the weights of Linear'): load_run(out, model=nn.Linear(2, 2))
 
 
 def test_an_interrupted_finder_leaves_nothing_that_stands_in_the_way(folder, tmp_path, capsys, monkeypatch):
@@ -639,9 +785,13 @@ def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsy
         torch.save(other, file)
         assert 'was not written by this program' in ends(capsys, 2, main, resume=str(tmp_path))
     state = torch.load(whole/'checkpoint.pth', weights_only=True)
-    del state['options']['ema']
-    torch.save(state, file)
-    assert 'started by another version of the program; resume it with' in ends(capsys, 2, main, resume=str(tmp_path))
+    options = state['options']
+    unlike = {k: v for k, v in options.items() if k != 'ema'}
+    earlier = {k: v for k, v in options.items() if k not in ('quick', 'lr_end')} | dict(taste=False, final_div=1)
+    for state['options'] in (unlike, earlier):
+        torch.save(state, file)
+        line = ends(capsys, 2, main, resume=str(tmp_path))
+        assert 'this run was started by another version of the program; resume it with that version' in line
     torch.save(dict(a=Path), file)
     assert 'holds more than weights' in ends(capsys, 2, main, resume=str(tmp_path))
 
