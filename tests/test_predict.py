@@ -339,3 +339,37 @@ def test_predicting_needs_no_home(run, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('lab.sources.fastai_path', None)
     main(str(run), str(data/'test/red/0.png'))
     assert 'red' in capsys.readouterr().out
+
+
+def as_of_an_earlier_version(run, out):
+    """Copies a run to `out` as an earlier version would have left it: other options, no recipe, weights channels-last."""
+    shutil.copytree(run, out)
+    m = json.loads((out/'metrics.json').read_text())
+    del m['recipe'], m['options']['lr_end']
+    m['options'] |= dict(taste=m['options'].pop('quick'), final_div=1)
+    assert m['options'].keys() == {'data', 'out', 'epochs', 'bs', 'seed', 'lr_min', 'lr_max', 'final_div', 'wd',
+                                   'label_smoothing', 'ema', 'precision', 'taste'}
+    (out/'metrics.json').write_text(json.dumps(m))
+    weights = torch.load(out/'model.pth', weights_only=True)
+    torch.save({k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()},
+               out/'model.pth')
+    return out
+
+
+def test_a_run_of_an_earlier_version_is_read(run, data, tmp_path, capsys):
+    old = as_of_an_earlier_version(run, tmp_path/'old')
+    learn = load_run(old, data)
+    assert learn.validate()[-1] == pytest.approx(json.loads((run/'metrics.json').read_text())['test_accuracy'])
+    assert all(p.is_contiguous() for p in learn.model.parameters())
+    outputs = []
+    for o in (run, old):
+        main(str(o), str(data/'test'))
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_a_quick_look_under_its_earlier_name_is_read(tmp_path, capsys):
+    path = make_folder(tmp_path/'d', train=41, test=11)
+    train(data=path, out=tmp_path/'run', quick=True, epochs=1, bs=4, lr_min=1e-4, lr_max=1e-3)
+    old = as_of_an_earlier_version(tmp_path/'run', tmp_path/'old')
+    assert [len(ds) for ds in (load_run(old, path).dls.train_ds, load_run(old, path).dls.valid_ds)] == [15, 6]
