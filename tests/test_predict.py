@@ -342,7 +342,7 @@ def test_predicting_needs_no_home(run, data, tmp_path, monkeypatch, capsys):
 
 
 def as_of_an_earlier_version(run, out):
-    """Copies a run to `out` as an earlier version would have left it: other options, no recipe, weights channels-last."""
+    """Copies a run to `out` as an earlier version would have left it: other options, weights channels-last."""
     shutil.copytree(run, out)
     m = json.loads((out/'metrics.json').read_text())
     del m['recipe'], m['options']['lr_end']
