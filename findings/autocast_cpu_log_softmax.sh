@@ -5,7 +5,7 @@
 #   network that ends in log_softmax has losses that are off by more than a tenth, while `cross_entropy` on the logits
 #   is computed in float32 and exact. On a GPU all of them are computed in float32.
 # Why: the CPU list of what is computed in float32, in aten/src/ATen/autocast_mode.cpp, holds cross_entropy_loss and
-#   nll_loss, but neither softmax nor log_softmax, which are on the list for GPUs. nll_loss gets what is rounded already.
+#   nll_loss, but neither softmax nor log_softmax, which are on the list for GPUs. nll_loss gets rounded values.
 # Seen (torch 2.14.1, Python 3.11, 2026-11):
 #   log_softmax is on the list of AutocastCUDA
 #   softmax is torch.bfloat16, sums differ from 1 by up to 0.0024

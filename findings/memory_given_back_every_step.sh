@@ -56,6 +56,6 @@ faults, seconds = ({how: statistics.median(float(o.stdout.split()[i]) for o in f
                    for i in range(2))
 print(f'page faults a step: {faults["as installed"]:.0f} as installed, {faults["mallopt"]:.0f} with mallopt; '
       f'time of a step: {seconds["as installed"] / seconds["mallopt"]:.2f} times as long as with mallopt')
-assert faults['as installed'] > 1000, 'changed: memory is kept from step to step'
+assert faults['as installed'] > 20, 'changed: memory is kept from step to step'  # with huge pages they are few
 assert faults['mallopt'] < faults['as installed'] / 10, 'changed: mallopt no longer helps'
 EOF
