@@ -29,9 +29,9 @@ from train_fastai import get_dls, get_learner
 def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module | None = None) -> Learner:
     """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
 
-    Without `data` it reads no images, which is enough to predict; with a copy of the run's images, the folder `data`, it
-    also validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`. Raises
-    `InputError`.
+    Without `data` it reads no images, which is enough to predict; with the folder of the run's images, or of a copy of
+    them, it also validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`.
+    Raises `InputError`.
     """
     run = Path(run)
     if not os.path.exists(run/'model.pth'):
@@ -53,8 +53,10 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
                          'network') from e
     if data is None: dls = get_empty_dls(classes)
     else:
-        dls = get_dls(get_data(data), bs=bs, every=10 if quick and o['data'] else 1)  # the sample is a tenth already
-        if fingerprint(dls, names=False) != images: raise InputError(f'{data} holds other images than {run} was trained on')
+        every = 10 if quick and o['data'] else 1  # the sample is a tenth already
+        dls = get_dls(get_data(data), bs=bs, every=every)
+        if fingerprint(dls, names=False) != images:
+            raise InputError(f'{data} holds other images than {run} was trained on')
     return get_learner(dls, model, precision='fp32' if precision == 'fp32' else 'auto', path=run)
 
 

@@ -283,8 +283,8 @@ class Run:
     def find_images(self) -> dict:
         """The arguments of `get_dls`: the data folder, the batch size, and of how many images one is taken.
 
-        A quick look takes the sample, or a tenth of a given folder. The bare command, which has no option but --out, turns
-        into a quick look if there is no network. Raises `InputError`.
+        A quick look takes the sample, or a tenth of a given folder. The bare command, with no option but --out, turns into
+        a quick look if there is no network. Raises `InputError`.
         """
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else get_data(o.data)
