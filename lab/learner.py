@@ -8,7 +8,7 @@ from fastprogress.fastprogress import MasterBar, ProgressBar
 
 from lab.loader import SHOW_PROGRESS
 from lab.processes import RANK, RANKS, let_rank_0_report, lost_a_process
-from lab.speed import CUDAGraph, Precision, match_layout, train_fast
+from lab.speed import CUDAGraph, Precision, keep_random_state, match_layout, train_fast
 
 FIRST, AFTER_RECORDER, LAST = -20, Recorder.order + 1, Recorder.order + 2  # orders of callbacks
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -52,6 +52,7 @@ class Progress(ProgressCallback):
         silent = contextlib.nullcontext() if SHOW_PROGRESS else self.learn.no_mbar()
         if self.create_mbar and not SHOW_PROGRESS: self.mbar = MasterBar(range(self.n_epoch), ProgressBar)
         with silent: super().before_fit()
+        if self.create_mbar and self.first_epoch: self.mbar.update(0)  # its clock starts at epoch 0
 
     def _launch_pbar(self):
         if SHOW_PROGRESS: super()._launch_pbar()
@@ -199,14 +200,15 @@ class RobustLearner(Learner):
 
     @contextlib.contextmanager
     def step_aside(self):
-        """Context manager for predictions within a fit: keeps the state of the loop, the recorder and the metrics."""
+        """Context manager for predictions within a fit: keeps the state of loop, recorder, metrics and generators."""
         recorder = getattr(self, 'recorder', Recorder())  # `FetchPredsCallback` takes it away
         loop = 'dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad', 'iter', 'n_iter', 'training', 'during_batch', '_metrics'
         kept = [(vars(o), {k: vars(o)[k] for k in names if k in vars(o)})
                 for o, names in ((self, loop), (recorder, ('loss', 'log')))]
         vars(recorder).update(loss=AvgLoss(), log=L())
         self._metrics, self.aside = deepcopy(self._metrics), self.aside + 1
-        try: yield
+        try:
+            with keep_random_state(self.device): yield
         finally:
             self.aside, self.aside_record = self.aside - 1, recorder.log
             for variables, values in kept: variables.update(values)

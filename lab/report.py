@@ -13,7 +13,8 @@ FINDER = f"""
 
 *The finder raises the rate from batch to batch and records the loss. LRMIN is its `valley` suggestion, a rate in the
 middle of the longest descent, but at most a tenth of LRMAX. LRMAX is {PEAK_SHARE} times the middle of the rates whose
-loss is close to the least. With batches smaller than {SMALL_BATCH} the finder with the median LRMAX of {FINDERS} counts.*
+loss is close to the least. With batches smaller than {SMALL_BATCH}, the finder with the median LRMAX of {FINDERS}
+counts.*
 """
 QUICK = """
 > **A quick look**: one image in ten, few epochs, small batches. It shows what a run writes; its numbers say nothing
@@ -77,7 +78,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         ('optimizer', 'Adam',
          f'{escape(recipe["optimizer"])}, weight decay {recipe["wd"]:g} (not on batch norm and biases)'),
         ('weights tested and kept', 'not stated',
-         f'their exponential moving average, decay {recipe["ema"]:g} per step' if recipe['ema'] else 'those of the last step'),
+         f'their moving average, decay {recipe["ema"]:g} per step' if recipe['ema'] else 'those of the last step'),
         ('epochs', 24, m['epochs']),
         ('batch size', 512, m['batch_size']),
         ('LRMIN, LRMAX', 'by the LR finder', f'{format_rate(m["lr_min"])}, {format_rate(m["lr_max"])}, '
