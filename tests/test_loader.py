@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -7,161 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ends, make_folder
-from fastai.vision.all import PILImage, Pipeline, TensorImage, cifar_stats
+from fastai.vision.all import PILImage, cifar_stats
 from PIL import Image
 
-import data
-from data import (
-    MEAN_COLOUR,
-    BatchDL,
-    Cutout,
-    FlipLR,
-    PadCrop,
-    RGBImage,
-    decode_images,
-    get_data,
-    get_dls,
-    image_files,
-    read_image,
-)
-from errors import InputError
-from train_fastai import main
-
-N = 400
-GREY = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
-
-
-@pytest.fixture
-def batch():
-    """Random images without a pixel of the mean colour."""
-    torch.manual_seed(1)
-    x = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
-    x[:, 0][x[:, 0] == MEAN_COLOUR[0]] += 1
-    return TensorImage(x)
-
-
-def is_grey(x): return (x == GREY).all(dim=-3)
-
-
-def test_mean_colour_is_zero_once_normalised():
-    for colour, mean, std in zip(MEAN_COLOUR, *cifar_stats, strict=True):
-        assert abs(colour / 255 - mean) / std <= 0.5 / 255 / std
-
-
-def test_pad_crop_shifts_by_up_to_four_and_pads_with_a_reflection(batch):
-    out = PadCrop(4)(batch, split_idx=0)
-    assert (out.shape, out.dtype, type(out)) == (batch.shape, torch.uint8, TensorImage)
-    places = [4, 3, 2, 1, *range(32), 30, 29, 28, 27]
-    padded = batch[:, :, places][:, :, :, places]
-    shifts = set()
-    for img, whole in zip(out, padded, strict=True):
-        found = [(i, j) for i in range(9) for j in range(9) if (whole[:, i:i+32, j:j+32] == img).all()]
-        assert len(found) == 1
-        shifts.update(found)
-    assert {i for i, _ in shifts} == {j for _, j in shifts} == set(range(9))
-    assert len(shifts) > 70  # of 81: each image draws its own
-
-
-def test_flip_mirrors_about_half_of_a_batch_and_nothing_else(batch):
-    out = FlipLR()(batch, split_idx=0)
-    flipped = (out == batch.flip(-1)).flatten(1).all(1)
-    assert (flipped | (out == batch).flatten(1).all(1)).all()
-    assert 0.4 * N < flipped.sum() < 0.6 * N  # 4 standard deviations
-
-
-def test_cutout_covers_one_8x8_square_inside_the_image(batch):
-    before = batch.clone()
-    out = Cutout(8)(batch, split_idx=0)
-    assert (batch == before).all(), 'changed its input'
-    corners = set()
-    for hole, img, old in zip(is_grey(out), out, before, strict=True):
-        rows, cols = hole.any(1).nonzero()[:, 0], hole.any(0).nonzero()[:, 0]
-        assert len(rows) == len(cols) == 8
-        assert hole.sum() == 64
-        assert (img == old)[:, ~hole].all()
-        corners.add((rows[0].item(), cols[0].item()))
-    assert {i for i, _ in corners} == {j for _, j in corners} == set(range(25))
-
-
-@pytest.mark.parametrize('tfm', [PadCrop(4), FlipLR(), Cutout(8)], ids=lambda t: type(t).__name__)
-class TestEachTransform:
-    def test_leaves_test_images_alone(self, tfm, batch):
-        assert (tfm(batch, split_idx=1) == batch).all()
-
-    def test_image_and_batch_forms_agree(self, tfm, batch):
-        one = batch[:1]
-        for seed in range(20):
-            torch.manual_seed(seed)
-            as_batch = tfm(one, split_idx=0)[0]
-            torch.manual_seed(seed)
-            as_image = tfm(one[0], split_idx=0)
-            assert type(as_image) is TensorImage
-            assert (as_image == as_batch).all()
-
-    def test_draws_anew_for_each_image(self, tfm, batch):
-        same = TensorImage(batch[:1].repeat(64, 1, 1, 1))
-        assert len({img.numpy().tobytes() for img in tfm(same, split_idx=0)}) > 1
-
-
-def test_transforms_come_in_the_assignments_order():
-    assert [type(t) for t in Pipeline([Cutout(), FlipLR(), PadCrop()]).fs] == [PadCrop, FlipLR, Cutout]
-
-
-@pytest.mark.parametrize('stock', [False, True])
-def test_loaders(folder, stock):
-    dls = get_dls(folder, bs=8, stock_loader=stock, num_workers=0)
-    assert isinstance(dls.train, BatchDL) != stock
-    assert (len(dls.train_ds), len(dls.valid_ds), len(dls.train), len(dls.valid)) == (24, 12, 3, 2)
-    assert list(dls.vocab) == ['blue', 'green', 'red']
-    x, y = dls.train.one_batch()
-    assert (x.shape, x.dtype, y.shape) == ((8, 3, 32, 32), torch.float32, (8,))
-    means = torch.tensor(cifar_stats[0])[:, None, None], torch.tensor(cifar_stats[1])[:, None, None]
-    seen = []
-    for x, y in dls.valid:  # test images: as in the files, normalised, in order, none left out
-        for img, label in zip(x, y, strict=True):
-            file = dls.valid_ds.items[len(seen)]
-            pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
-            torch.testing.assert_close(img.as_subclass(torch.Tensor), (pixels - means[0]) / means[1])
-            assert dls.vocab[label] == file.parent.name
-            seen.append(file)
-    assert seen == list(dls.valid_ds.items) == sorted(seen)
-
-
-@pytest.mark.parametrize('stock', [False, True])
-def test_training_images_are_each_padded_cropped_flipped_and_cut_and_test_images_are_not(tmp_path, stock):
-    """On images whose red tells the column and whose green the row that a pixel came from."""
-    path = make_folder(tmp_path/'d')
-    place = np.arange(32, dtype='uint8') * 4
-    image = np.stack(np.broadcast_arrays(place, place[:, None], np.uint8(250)), -1)
-    for file in path.rglob('*.png'): Image.fromarray(image).save(file)
-    torch.manual_seed(0)
-    dls = get_dls(path, bs=8, stock_loader=stock, num_workers=0)
-    mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
-
-    def pixels(batch): return ((batch[0].as_subclass(torch.Tensor) * std + mean) * 255).round().int()
-
-    for batch in dls.valid: assert (pixels(batch) == torch.from_numpy(image).permute(2, 0, 1)).all()
-    i, j = torch.meshgrid(torch.arange(32), torch.arange(32), indexing='ij')
-    seen = []
-    for img in [img for _ in range(5) for batch in dls.train for img in pixels(batch)]:
-        covered = img[2] != 250
-        inside = ~covered & (i >= 4) & (i < 28) & (j >= 4) & (j < 28)  # never padding
-        column, row = img[0, inside] // 4, img[1, inside] // 4
-        flipped = (column - j[inside]).unique().numel() > 1
-        dx = (column + j[inside] - 31 if flipped else column - j[inside]).unique()
-        dy = (row - i[inside]).unique()
-        assert len(dx) == len(dy) == 1
-        dx, dy = dx.item(), dy.item()
-        x, y = (31 - j if flipped else j) + dx, i + dy
-        x, y = (31 - (31 - o.abs()).abs() for o in (x, y))  # reflected at the border
-        assert (img[0] == 4 * x)[~covered].all()
-        assert (img[1] == 4 * y)[~covered].all()
-        seen.append((dx, dy, flipped, covered.sum().item()))
-    dxs, dys, flips, holes = zip(*seen, strict=True)
-    assert set(dxs) == set(dys) == set(range(-4, 5))
-    assert 40 < sum(flips) < 80  # of 120
-    assert set(holes) == {64}
-    for k in (0, 1, 2): assert any(len({o[k] for o in seen[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
+from lab import loader
+from lab.errors import InputError
+from lab.loader import RGBImage, decode_images, image_files, read_image
+from train_fastai import get_dls, main
 
 
 def test_an_epoch_shows_every_training_image_once_and_anew_each_time(folder):
@@ -172,25 +25,6 @@ def test_an_epoch_shows_every_training_image_once_and_anew_each_time(folder):
               for _ in range(2)]
     assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist()) == list(range(24))
     assert epochs[0].tolist() != epochs[1].tolist()
-
-
-def test_both_loaders_show_the_same_distribution(tmp_path):
-    make_folder(tmp_path/'d', train=64, test=1)
-    moments = []
-    for stock in (False, True):
-        torch.manual_seed(0)
-        dls = get_dls(tmp_path/'d', bs=64, stock_loader=stock, num_workers=0)
-        grey, total = torch.zeros(32, 32), 0.
-        for _ in range(4):
-            for x, _ in dls.train:
-                x = x.as_subclass(torch.Tensor)
-                grey += (x.abs() < 0.01).all(1).sum(0)
-                total += x.mean((0, 2, 3))
-        moments.append((grey / (4 * 192), total / (4 * 3)))
-    # How often a pixel is in the hole, by place (binomial, 768 draws), and the mean colour
-    assert (moments[0][0] - moments[1][0]).abs().max() < 5.5 * (2 * 0.25 / 768) ** 0.5
-    assert (moments[0][0].mean() - moments[1][0].mean()).abs() < 0.01
-    assert (moments[0][1] - moments[1][1]).abs().max() < 0.05
 
 
 def test_what_a_fastai_user_does_with_a_loader_works(folder):
@@ -241,7 +75,7 @@ def test_grey_alpha_palette_wide_and_turned_images_become_upright_rgb(tmp_path):
     assert (images[4] == torch.from_numpy(colour[::-1, ::-1].copy()).permute(2, 0, 1)).all()
     assert (images[5] == torch.from_numpy(grey)).all()
     for stock in (False, True):  # and the other ways to read an image agree
-        dls = get_dls(path, bs=8, stock_loader=stock, num_workers=0)
+        dls = get_dls(path, bs=8, num_workers=0 if stock else None)
         x, = dls.test_dl(files[:6]).one_batch()
         mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
         torch.testing.assert_close(x.as_subclass(torch.Tensor), (images[:6] / 255 - mean) / std)
@@ -283,7 +117,7 @@ def file_as_split(path):
 
 def no_unicode(path): os.rename(path/'train/red/0.png', os.fsencode(path/'train/red/caf') + b'\xe9.png')
 def line_break(path): (path/'train/red/0.png').rename(path/'train/red/a\nb.png')
-def no_test_folder(path): (path/'test').rename(path/'valid')
+def no_test_folder(path): (path/'test').rename(path/'testing')
 def extra_class(path): (path/'train/pink').mkdir()
 def lacking_class(path): (path/'train/red').rename(path/'red')
 
@@ -337,14 +171,10 @@ BAD_FOLDERS = [
 def test_a_bad_folder_is_named_in_one_line_and_nothing_is_written(tmp_path, capsys, spoil, message):
     path = make_folder(tmp_path/'d')
     spoil(path)
-    with pytest.raises(InputError) as e: get_dls(path, bs=8, stock_loader=True)
+    with pytest.raises(InputError) as e: get_dls(path, bs=8, num_workers=0)
     assert message in str(e.value)
     assert message in ends(capsys, 2, main, data=path, out=tmp_path/'out', bs=8)
     assert not (tmp_path/'out').exists()
-
-
-def test_fewer_training_images_than_a_batch(folder):
-    with pytest.raises(InputError, match='24 training images, fewer than one batch of 25'): get_dls(folder, bs=25)
 
 
 def test_names_with_spaces_and_letters_of_any_language(tmp_path):
@@ -379,9 +209,6 @@ def test_the_genuine_cifar10(cifar10):
     torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(cifar_stats[1]), atol=0.01, rtol=0)
 
 
-def test_a_given_folder_is_not_downloaded(folder): assert get_data(str(folder)) == folder
-
-
 def test_what_is_transparent_is_white_for_every_reader(tmp_path):
     pixels = np.zeros((32, 32, 4), 'uint8')
     pixels[:, :, 0], pixels[8:24, 8:24, 3] = 200, 255  # red, also where it cannot be seen
@@ -407,7 +234,8 @@ def test_images_are_read_without_shared_memory_or_processes(folder, monkeypatch)
 def test_images_of_another_size_are_told_of_at_once(folder, monkeypatch):
     """Not after hundreds of photographs have been read."""
     read = []
-    monkeypatch.setattr(data, 'read_image', lambda file: read.append(file) or torch.zeros(3, 64, 64, dtype=torch.uint8))
+    large = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    monkeypatch.setattr(loader, 'read_image', lambda file: read.append(file) or large)
     with pytest.raises(InputError, match='64×64 pixels'): decode_images(image_files(folder))
     assert len(read) == 1
 
@@ -421,12 +249,20 @@ def test_plain_images_are_left_to_torchvision_and_without_its_decoder_to_pillow(
     assert decode_images(files).equal(fast)
 
 
-def test_cifar10_is_counted_as_it_is_loaded(folder, tmp_path, monkeypatch):
-    """Through a link to another disk, and without what is hidden."""
-    (tmp_path/'cifar10').mkdir()
-    for split in ('train', 'test'): (tmp_path/'cifar10'/split).symlink_to(folder/split)
-    (tmp_path/'cifar10/.ipynb_checkpoints').mkdir()
-    Image.new('RGB', (32, 32)).save(tmp_path/'cifar10/.ipynb_checkpoints/0.png')
-    monkeypatch.setattr(data, 'CIFAR_IMAGES', 36)
-    monkeypatch.setattr(data, 'untar_data', lambda _: tmp_path/'cifar10')
-    assert get_data() == tmp_path/'cifar10'
+@pytest.mark.parametrize(('names', 'taken'), [(['test'], None), (['valid'], 'valid'), (['val'], 'val'),
+                                              (['val', 'valid'], 'valid'), (['val', 'valid', 'test'], None)])
+def test_test_images_may_be_in_a_folder_with_another_name_which_is_told(tmp_path, capsys, names, taken):
+    path = make_folder(tmp_path/'d')
+    (path/'test').rename(path/names[0])
+    for name in names[1:]: shutil.copytree(path/names[0], path/name)
+    dls = get_dls(path, bs=8)
+    assert capsys.readouterr().out == (f'The test images are those in {path/taken}.\n' if taken else '')
+    assert {f.parent.parent.name for f in dls.valid_ds.items} == {taken or 'test'}
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (24, 12)
+
+
+def test_classes_of_a_folder_with_another_name_are_compared_too(tmp_path):
+    path = make_folder(tmp_path/'d')
+    (path/'test').rename(path/'val')
+    (path/'val/red').rename(path/'val/pink')
+    with pytest.raises(InputError, match='class "pink" is in .*/val but not in .*/train'): get_dls(path, bs=8)

@@ -47,6 +47,173 @@ FILES = {'metrics.json', 'history.csv', 'schedule.csv', 'lr_find.csv', 'misclass
 METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
            'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
            'test_images', 'classes', 'fingerprint', 'versions', 'options'}
+N = 400
+GREY = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
+
+
+@pytest.fixture
+def batch():
+    """Random images without a pixel of the mean colour."""
+    torch.manual_seed(1)
+    x = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
+    x[:, 0][x[:, 0] == MEAN_COLOUR[0]] += 1
+    return TensorImage(x)
+
+
+def is_grey(x): return (x == GREY).all(dim=-3)
+
+
+def test_mean_colour_is_zero_once_normalised():
+    for colour, mean, std in zip(MEAN_COLOUR, *cifar_stats, strict=True):
+        assert abs(colour / 255 - mean) / std <= 0.5 / 255 / std
+
+
+def test_pad_crop_shifts_by_up_to_four_and_pads_with_a_reflection(batch):
+    out = PadCrop(4)(batch, split_idx=0)
+    assert (out.shape, out.dtype, type(out)) == (batch.shape, torch.uint8, TensorImage)
+    places = [4, 3, 2, 1, *range(32), 30, 29, 28, 27]
+    padded = batch[:, :, places][:, :, :, places]
+    shifts = set()
+    for img, whole in zip(out, padded, strict=True):
+        found = [(i, j) for i in range(9) for j in range(9) if (whole[:, i:i+32, j:j+32] == img).all()]
+        assert len(found) == 1
+        shifts.update(found)
+    assert {i for i, _ in shifts} == {j for _, j in shifts} == set(range(9))
+    assert len(shifts) > 70  # of 81: each image draws its own
+
+
+def test_flip_mirrors_about_half_of_a_batch_and_nothing_else(batch):
+    out = FlipLR()(batch, split_idx=0)
+    flipped = (out == batch.flip(-1)).flatten(1).all(1)
+    assert (flipped | (out == batch).flatten(1).all(1)).all()
+    assert 0.4 * N < flipped.sum() < 0.6 * N  # 4 standard deviations
+
+
+def test_cutout_covers_one_8x8_square_inside_the_image(batch):
+    before = batch.clone()
+    out = Cutout(8)(batch, split_idx=0)
+    assert (batch == before).all(), 'changed its input'
+    corners = set()
+    for hole, img, old in zip(is_grey(out), out, before, strict=True):
+        rows, cols = hole.any(1).nonzero()[:, 0], hole.any(0).nonzero()[:, 0]
+        assert len(rows) == len(cols) == 8
+        assert hole.sum() == 64
+        assert (img == old)[:, ~hole].all()
+        corners.add((rows[0].item(), cols[0].item()))
+    assert {i for i, _ in corners} == {j for _, j in corners} == set(range(25))
+
+
+@pytest.mark.parametrize('tfm', [PadCrop(4), FlipLR(), Cutout(8)], ids=lambda t: type(t).__name__)
+class TestEachTransform:
+    def test_leaves_test_images_alone(self, tfm, batch):
+        assert (tfm(batch, split_idx=1) == batch).all()
+
+    def test_image_and_batch_forms_agree(self, tfm, batch):
+        one = batch[:1]
+        for seed in range(20):
+            torch.manual_seed(seed)
+            as_batch = tfm(one, split_idx=0)[0]
+            torch.manual_seed(seed)
+            as_image = tfm(one[0], split_idx=0)
+            assert type(as_image) is TensorImage
+            assert (as_image == as_batch).all()
+
+    def test_draws_anew_for_each_image(self, tfm, batch):
+        same = TensorImage(batch[:1].repeat(64, 1, 1, 1))
+        assert len({img.numpy().tobytes() for img in tfm(same, split_idx=0)}) > 1
+
+
+def test_transforms_come_in_the_assignments_order():
+    assert [type(t) for t in Pipeline([Cutout(), FlipLR(), PadCrop()]).fs] == [PadCrop, FlipLR, Cutout]
+
+
+@pytest.mark.parametrize('stock', [False, True])
+def test_loaders(folder, stock):
+    dls = get_dls(folder, bs=8, num_workers=0 if stock else None)
+    assert isinstance(dls.train, BatchDL) != stock
+    assert (len(dls.train_ds), len(dls.valid_ds), len(dls.train), len(dls.valid)) == (24, 12, 3, 2)
+    assert list(dls.vocab) == ['blue', 'green', 'red']
+    x, y = dls.train.one_batch()
+    assert (x.shape, x.dtype, y.shape) == ((8, 3, 32, 32), torch.float32, (8,))
+    means = torch.tensor(cifar_stats[0])[:, None, None], torch.tensor(cifar_stats[1])[:, None, None]
+    seen = []
+    for x, y in dls.valid:  # test images: as in the files, normalised, in order, none left out
+        for img, label in zip(x, y, strict=True):
+            file = dls.valid_ds.items[len(seen)]
+            pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+            torch.testing.assert_close(img.as_subclass(torch.Tensor), (pixels - means[0]) / means[1])
+            assert dls.vocab[label] == file.parent.name
+            seen.append(file)
+    assert seen == list(dls.valid_ds.items) == sorted(seen)
+
+
+@pytest.mark.parametrize('stock', [False, True])
+def test_training_images_are_each_padded_cropped_flipped_and_cut_and_test_images_are_not(tmp_path, stock):
+    """On images whose red tells the column and whose green the row that a pixel came from."""
+    path = make_folder(tmp_path/'d')
+    place = np.arange(32, dtype='uint8') * 4
+    image = np.stack(np.broadcast_arrays(place, place[:, None], np.uint8(250)), -1)
+    for file in path.rglob('*.png'): Image.fromarray(image).save(file)
+    torch.manual_seed(0)
+    dls = get_dls(path, bs=8, num_workers=0 if stock else None)
+    mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
+
+    def pixels(batch): return ((batch[0].as_subclass(torch.Tensor) * std + mean) * 255).round().int()
+
+    for batch in dls.valid: assert (pixels(batch) == torch.from_numpy(image).permute(2, 0, 1)).all()
+    i, j = torch.meshgrid(torch.arange(32), torch.arange(32), indexing='ij')
+    seen = []
+    for img in [img for _ in range(5) for batch in dls.train for img in pixels(batch)]:
+        covered = img[2] != 250
+        inside = ~covered & (i >= 4) & (i < 28) & (j >= 4) & (j < 28)  # never padding
+        column, row = img[0, inside] // 4, img[1, inside] // 4
+        flipped = (column - j[inside]).unique().numel() > 1
+        dx = (column + j[inside] - 31 if flipped else column - j[inside]).unique()
+        dy = (row - i[inside]).unique()
+        assert len(dx) == len(dy) == 1
+        dx, dy = dx.item(), dy.item()
+        x, y = (31 - j if flipped else j) + dx, i + dy
+        x, y = (31 - (31 - o.abs()).abs() for o in (x, y))  # reflected at the border
+        assert (img[0] == 4 * x)[~covered].all()
+        assert (img[1] == 4 * y)[~covered].all()
+        seen.append((dx, dy, flipped, covered.sum().item()))
+    dxs, dys, flips, holes = zip(*seen, strict=True)
+    assert set(dxs) == set(dys) == set(range(-4, 5))
+    assert 40 < sum(flips) < 80  # of 120
+    assert set(holes) == {64}
+    for k in (0, 1, 2): assert any(len({o[k] for o in seen[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
+
+
+def test_both_loaders_show_the_same_distribution(tmp_path):
+    make_folder(tmp_path/'d', train=64, test=1)
+    moments = []
+    for stock in (False, True):
+        torch.manual_seed(0)
+        dls = get_dls(tmp_path/'d', bs=64, num_workers=0 if stock else None)
+        grey, total = torch.zeros(32, 32), 0.
+        for _ in range(4):
+            for x, _ in dls.train:
+                x = x.as_subclass(torch.Tensor)
+                grey += (x.abs() < 0.01).all(1).sum(0)
+                total += x.mean((0, 2, 3))
+        moments.append((grey / (4 * 192), total / (4 * 3)))
+    # How often a pixel is in the hole, by place (binomial, 768 draws), and the mean colour
+    assert (moments[0][0] - moments[1][0]).abs().max() < 5.5 * (2 * 0.25 / 768) ** 0.5
+    assert (moments[0][0].mean() - moments[1][0].mean()).abs() < 0.01
+    assert (moments[0][1] - moments[1][1]).abs().max() < 0.05
+
+
+def test_fewer_training_images_than_a_batch(folder):
+    with pytest.raises(InputError, match='24 training images, fewer than one batch of 25'): get_dls(folder, bs=25)
+
+
+def test_the_defaults_are_the_recipes(dls, tmp_path):
+    learn = get_learner(dls, path=tmp_path)
+    learn.create_opt()
+    decayed, plain = learn.opt.opt.param_groups
+    assert (decayed['weight_decay'], plain['weight_decay']) == (0.1, 0)
+    assert {(g['eps'], g['betas']) for g in (decayed, plain)} == {(1e-5, (0.95, 0.99))}
+    assert (learn.loss_func.label_smoothing, learn.weight_average.decay) == (0.1, 0.99)
 
 
 @pytest.fixture(scope='module')
@@ -475,69 +642,6 @@ def test_a_damaged_or_foreign_checkpoint_is_named(folder, whole, tmp_path, capsy
     assert 'the run is of another version of this program' in ends(capsys, 2, main, resume=str(tmp_path))
     torch.save(dict(a=Path), file)
     assert 'holds more than weights' in ends(capsys, 2, main, resume=str(tmp_path))
-
-
-@pytest.fixture
-def server(folder, tmp_path, monkeypatch):
-    """A source of CIFAR-10 on this machine; its `send` makes the answer of an archive of 36 images."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            content = self.server.send(archive)
-            self.send_response(200)
-            self.send_header('Content-Length', str(len(archive)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_): pass
-    (tmp_path/'cifar10').symlink_to(folder)
-    archive = Path(shutil.make_archive(tmp_path/'archive', 'gztar', folder.parent, folder.name)).read_bytes()
-    server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
-    server.send = lambda archive: archive
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
-    monkeypatch.setattr(URLs, 'CIFAR', f'http://127.0.0.1:{server.server_port}/cifar10.tgz')
-    monkeypatch.setattr(data, 'CIFAR_IMAGES', 36)
-    fastai_cfg.cache_clear()  # which would keep the true home
-    yield server
-    fastai_cfg.cache_clear()
-    server.shutdown()
-    server.server_close()
-
-
-def breaks_off(archive): return archive[:len(archive) // 2]
-def is_no_archive(archive): return b'<html>'.ljust(len(archive))
-
-
-@pytest.mark.parametrize('fault', [breaks_off, is_no_archive])
-def test_a_download_that_fails_is_one_line_and_leaves_nothing_that_stands_in_the_way(server, tmp_path, capsys, fault):
-    whole, server.send = server.send, fault
-    for _ in range(2):
-        assert 'CIFAR-10 could not be downloaded' in ends(capsys, 2, main, out=tmp_path/'out')
-        assert not (tmp_path/'home/data/cifar10').exists()
-        assert not (tmp_path/'out').exists()
-    server.send = whole
-    assert len(list(get_data().rglob('*.png'))) == 36
-
-
-def test_no_network_is_one_line(server, tmp_path, capsys):
-    server.shutdown()
-    server.server_close()
-    assert 'check network and disk, or pass a folder' in ends(capsys, 2, main, out=tmp_path/'out')
-
-
-def test_half_a_data_set_is_not_taken_for_the_whole(server, tmp_path, capsys):
-    """Python unpacks what there is of an archive whose rest is lost."""
-    whole, server.send = server.send, lambda archive: archive[:len(archive) // 2].ljust(len(archive), b'\0')
-    for _ in range(2):
-        message = ends(capsys, 2, main, out=tmp_path/'out')
-        home = tmp_path/'home'
-        found = re.match(r'error: (.*) holds (\d+) of the 36 images of CIFAR-10; remove it, and (.*) if', message)
-        assert found.groups() == (f'{home}/data/cifar10', found[2], f'{home}/archive/cifar10.tgz')
-        assert 0 < int(found[2]) < 36
-    shutil.rmtree(found[1])
-    Path(found[3]).unlink()
-    server.send = whole
-    assert len(list(get_data().rglob('*.png'))) == 36
 
 
 def test_paths_from_python_a_dollar_sign_and_a_models_folder(tmp_path):
