@@ -197,4 +197,5 @@ def main(
     **kwargs
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
-    with join_processes(), Run(Options(**kwargs), given_options(main, kwargs), resume) as run: experiment(run)
+    given = given_options(main, kwargs)
+    with join_processes(), Run(Options(**kwargs), given, resume, by_command=is_cli(main)) as run: experiment(run)

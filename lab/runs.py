@@ -213,12 +213,13 @@ class Run:
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
     `options` is an `Options`; `given` names those that the user gave. With `resume`, the folder of an interrupted run,
-    they are that run's own, but for a data folder that has moved. Raises `InputError`.
+    they are that run's own, but for a data folder that has moved. `by_command` says that no Python code started it.
+    Raises `InputError`.
     """
 
-    def __init__(self, options, given: set[str], resume: str | Path | None = None):
+    def __init__(self, options, given: set[str], resume: str | Path | None = None, by_command: bool = False):
         self.start, self.state, self.stack = time.perf_counter(), None, contextlib.ExitStack()
-        self.bare = resume is None and given <= {'out'} and RANKS == 1
+        self.bare = by_command and resume is None and given <= {'out'} and RANKS == 1
         paths = {k: str(v) for k, v in vars(options).items() if isinstance(v, Path)}  # JSON has none
         options = dataclasses.replace(options, **paths)
         if resume is None:
@@ -283,8 +284,8 @@ class Run:
     def find_images(self) -> dict:
         """The arguments of `get_dls`: the data folder, the batch size, and of how many images one is taken.
 
-        A quick look takes the sample, or a tenth of a given folder. The bare command, with no option but --out, turns into
-        a quick look if there is no network. Raises `InputError`.
+        A quick look takes the sample, or a tenth of a given folder. The bare command, which has no option but --out,
+        turns into a quick look where there is no network. Raises `InputError`.
         """
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else get_data(o.data)

@@ -151,7 +151,7 @@ def get_data(path: str | Path | None = None) -> Path:
     server could be reached, and `InputError`.
     """
     if path == '': raise InputError('--data is empty; give a folder, or leave it out')
-    copies, what = [get_fastai_copy, get_torchvision_copy], 'downloaded and unpacked'
+    copies, what = {"fastai's": get_fastai_copy, "torchvision's": get_torchvision_copy}, 'downloaded and unpacked'
     if path is not None:
         path = Path(path)
         if path.name in (CIFAR10.base_folder, CIFAR10.filename): path = path.parent
@@ -159,17 +159,17 @@ def get_data(path: str | Path | None = None) -> Path:
         if 'train' in holds or not holds: return path
         print(f"{path} holds torchvision's copy of CIFAR-10, whose images are read from PNG files below "
               f"{data_folder()}, written once.", flush=True)
-        copies, what = [partial(get_torchvision_copy, path)], f'unpacked from {path}'
+        copies, what = {"torchvision's": partial(get_torchvision_copy, path)}, f'unpacked from {path}'
     elif count_images(data_folder()/TORCHVISION_COPY) == CIFAR_IMAGES and not (data_folder()/'cifar10').exists():
         return data_folder()/TORCHVISION_COPY
-    errors = []
-    for get_copy in copies:
+    errors = {}
+    for name, get_copy in copies.items():
         try: return get_copy()
         except InputError: raise
         except Exception as e:  # fastdownload raises a bare Exception for a damaged archive, urllib many kinds
-            errors.append(e)
+            errors[name] = e
             if is_disk_error(e): break  # the next source would meet the same
-    kind = NetworkError if all(isinstance(e, NETWORK_ERRORS) for e in errors) else InputError
-    reasons = '; '.join(one_line(getattr(e, 'reason', e))[:100] for e in errors)
+    kind = NetworkError if all(isinstance(e, NETWORK_ERRORS) for e in errors.values()) else InputError
+    reasons = '; '.join(f'{name}: {one_line(getattr(e, "reason", e))[:100]}' for name, e in errors.items())
     raise kind(f'CIFAR-10 could not be {what} ({reasons}); check network and disk, or pass a folder that holds it: '
-               '--data DIR') from errors[-1]
+               '--data DIR') from last(errors.values())

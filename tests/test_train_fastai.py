@@ -336,12 +336,12 @@ class BatchLosses(Callback):
         if self.training: self.batches.append(self.loss.item())
 
 
-def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(cifar10, tmp_path):
+def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(sample, tmp_path):
     """Three classes, 36 batches: in the processor's own precision, and in float32 with fastai's Adam; chance is 1/3."""
     for split, n in (('train', 128), ('test', 50)):
         for name in ('automobile', 'frog', 'ship'):
             (tmp_path/'slice'/split/name).mkdir(parents=True)
-            for file in sorted((cifar10/split/name).iterdir())[:n]:
+            for file in sorted((sample/split/name).iterdir())[:n]:
                 (tmp_path/'slice'/split/name/file.name).symlink_to(file)
     dls = get_dls(tmp_path/'slice', bs=32)
     fast = get_learner(dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0, width=32)
