@@ -11,9 +11,10 @@ from fastai.vision.all import *
 from lab import figures
 from lab.evaluate import count_confusions, get_log_probs, list_confusions, score_classes
 from lab.loader import fingerprint, list_augmentations
+from lab.page import write_page
 from lab.processes import RANK
 from lab.report import percent, write_report
-from lab.runs import Run, save_csv, save_state, write_whole
+from lab.runs import Run, carry_on, save_csv, save_state, write_whole
 from lab.speed import device_name
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -86,6 +87,11 @@ def save_results(run: Run, learn: Learner):
     write_whole(out/'report.md', report.encode())
     save_state(out/'model.pth', learn.model.state_dict())
     run.save_figure('misclassified.png', figures.draw_misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
+    charts = {'Learning-rate finder': 'lr_find.png', 'Loss and accuracy': 'history.png', 'Schedule': 'schedule.png'}
+    with carry_on(out/'errors.html'):
+        page = write_page(metrics, wrong, classes, dls.valid_ds.images[wrong.index], {
+            title: (out/file).read_bytes() for title, file in charts.items() if (out/file).exists()})
+        write_whole(out/'errors.html', page.encode())
     run.save_figure('confusion_matrix.png', figures.draw_confusions, counts, dls.vocab)
     losses = F.nll_loss(log_probs, targets, reduction='none')
     run.save_figure('top_losses.png', figures.draw_top_losses, learn, losses)
