@@ -31,7 +31,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
 
     Without `data` it reads no images, which is enough to predict; with the folder of the run's images, or of a copy of
     them, it also validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`.
-    Raises `InputError`.
+    Weights that are stored in float16, as the published ones, predict in float32. Raises `InputError`.
     """
     run = Path(run)
     if not os.path.exists(run/'model.pth'):
@@ -57,7 +57,8 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
         dls = get_dls(get_data(data), bs=bs, every=every)
         if fingerprint(dls, names=False) != images:
             raise InputError(f'{data} holds other images than {run} was trained on')
-    return get_learner(dls, model, precision='fp32' if precision == 'fp32' else 'auto', path=run)
+    exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
+    return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run)
 
 
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
