@@ -64,8 +64,9 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
     """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
     blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
+    def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)  # `test_dl` reads the annotation
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_items=lambda _: [blank, blank],
-                      get_y=lambda _: vocab[0], splitter=IndexSplitter([1]), item_tfms=FitSize(),
+                      get_y=label, splitter=IndexSplitter([1]), item_tfms=FitSize(),
                       batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=BatchDL)
     return DataLoaders(*(dl.new(bs=512) for dl in block.dataloaders('.', bs=1, num_workers=0).new_empty().loaders))
 

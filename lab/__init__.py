@@ -9,6 +9,7 @@
     page        every misclassified image on one page of HTML, with page.html, its template
     processes   what the processes of one run agree on (accelerate)
     report      a run as one page of Markdown
+    results     what a run writes beside its checkpoint: tables, figures, report, weights
     runs        the folder of a run: options, lock, atomic writes, checkpoint, resume
     sources     where the images come from
     speed       what makes training fast: precision, recorded GPU steps, memory layout, memory

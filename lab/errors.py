@@ -26,6 +26,12 @@ class InputError(ValueError):
 class RunError(RuntimeError):
     """The run cannot go on; the message is one line."""
 
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self): return self.message  # fastai rewrites the arguments of an error in a callback
+
 
 class WriteError(RunError):
     """A file of the run cannot be written, because of a full disk, say."""

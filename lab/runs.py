@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import zipfile
 from datetime import datetime
+from typing import Any
 
 from fastai.vision.all import *
 from fastcore.script import anno_parser, is_cli
@@ -113,6 +114,12 @@ def load_state(file: Path) -> dict:
     except Exception as e: raise InputError(f'{file} is damaged ({one_line(e)[:100]})') from e
 
 
+def plain(x: Any) -> Any:
+    """`x` with lists in place of fastai's `L`, which `ranger` has in its state and `load_state` refuses."""
+    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+    return [plain(o) for o in x] if isinstance(x, list | L) else x
+
+
 class Checkpoint(Callback):
     """Saves the run to the learner's folder, before the first epoch and after every epoch, or resumes it from `state`.
 
@@ -136,7 +143,8 @@ class Checkpoint(Callback):
 
     def save(self, epochs_done: int):
         if RANK: return
-        opt = {k: v for k, v in self.opt.state_dict().items() if k not in ('hypers', 'param_groups')}  # the schedule's
+        state = self.opt.state_dict().items()
+        opt = {k: plain(v) for k, v in state if k not in ('hypers', 'param_groups')}  # the schedule's
         save_state(self.path/self.file, dict(
             self.header, epochs_done=epochs_done, model=get_model(self.model).state_dict(), opt=opt,
             callbacks={name: cb.state_dict() for name, cb in self.stateful.items()}, seconds_total=self.seconds()))

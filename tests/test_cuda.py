@@ -13,15 +13,16 @@ from fastai.vision.all import (
     default_device,
     first,
     get_image_files,
+    set_seed,
 )
 from torch.nn import functional as F
 
 import predict
-from data import get_dls
-from errors import RunError
-from learner import find_lrs, get_learner
-from run import Checkpoint, load_run, load_state
-from train_fastai import main
+from arch import ResNet
+from lab.errors import RunError
+from lab.runs import Checkpoint, load_state
+from predict import load_run
+from train_fastai import find_lrs, get_dls, get_learner, main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU')
 
@@ -65,7 +66,7 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path, monkeyp
     with monkeypatch.context() as m:
         m.setattr(Checkpoint, 'save', interrupted)
         with pytest.raises(SystemExit): main(**options)
-    scaler = load_state(tmp_path/'run/checkpoint.pth')['scaler']
+    scaler = load_state(tmp_path/'run/checkpoint.pth')['callbacks']['mixed_precision']
     assert scaler['scale'] > 1
     scales = []
     monkeypatch.setattr(Checkpoint, 'save', lambda self, n: (scales.append(self.scaler.get_scale()), save(self, n)))
@@ -77,7 +78,7 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path, monkeyp
 
 @pytest.mark.parametrize('stock', [False, True])
 def test_both_loaders_give_batches_on_the_gpu(path, stock):
-    dls = get_dls(path, bs=16, stock_loader=stock, num_workers=0)
+    dls = get_dls(path, bs=16, num_workers=0 if stock else None)
     for dl in dls:
         x, y = first(dl)
         assert (x.device.type, y.device.type, x.shape[1:], x.dtype) == ('cuda', 'cuda', (3, 32, 32), torch.float32)
@@ -85,14 +86,14 @@ def test_both_loaders_give_batches_on_the_gpu(path, stock):
 
 def test_a_run_of_the_gpu_is_used_on_the_gpu_and_on_the_cpu(run, path, on_the_cpu):
     file = get_image_files(path/'test').sorted()[0]
-    learn = load_run(run)
+    learn = load_run(run, path)
     assert next(learn.model.parameters()).device.type == learn.dls.device.type == 'cpu'
     found = learn.predict(file)
     assert len(ClassificationInterpretation.from_learner(learn).losses) == 48
     lr_min, lr_max = find_lrs(learn)
     assert lr_min < lr_max
     default_device(None)
-    learn = load_run(run)
+    learn = load_run(run, path)
     assert next(learn.model.parameters()).device.type == 'cuda'
     assert learn.predict(file)[0] == found[0]
     assert learn.predict(file)[2].cpu().numpy() == pytest.approx(found[2].numpy(), abs=0.05)
@@ -105,7 +106,7 @@ def test_a_run_of_the_gpu_is_used_on_the_gpu_and_on_the_cpu(run, path, on_the_cp
 def test_a_run_of_the_cpu_is_used_on_the_gpu(path, tmp_path, on_the_cpu):
     main(data=path, out=tmp_path/'run', bs=16, epochs=1, lr_min=1e-4, lr_max=1e-3)
     default_device(None)
-    assert load_run(tmp_path/'run').validate()[1] == pytest.approx(
+    assert load_run(tmp_path/'run', path).validate()[1] == pytest.approx(
         json.loads((tmp_path/'run/metrics.json').read_text())['test_accuracy'], abs=0.05)
 
 
@@ -117,9 +118,9 @@ def test_predict_names_and_evaluates(run, path, capsys):
 
 
 def test_a_step_is_that_of_the_cpu_in_float32(path, tmp_path):
-    learn = get_learner(get_dls(path, bs=64), path=tmp_path, width=64)
+    learn = get_learner(get_dls(path, bs=64), ResNet(3, 3, width=64), path=tmp_path)
     x, y = (o.cpu().as_subclass(torch.Tensor) for o in learn.dls.valid.one_batch())
-    model = type(learn.model)(n_out=3)
+    model = ResNet(3, 3, width=64)
     model.load_state_dict(learn.model.state_dict())
     expected = F.cross_entropy(model.train()(x), y)
     with torch.autocast('cuda', dtype=torch.bfloat16): loss = F.cross_entropy(learn.model.train()(x.cuda()), y.cuda())
@@ -148,7 +149,8 @@ def test_no_training_step_waits_for_the_gpu(path, tmp_path):
 def test_a_recorded_step_is_that_of_the_plain_network(path, tmp_path, precision):
     runs = []
     for recorded in (True, False):
-        learn = get_learner(get_dls(path, bs=16), precision=precision, path=tmp_path, width=64)
+        set_seed(42)
+        learn = get_learner(get_dls(path, bs=16), ResNet(3, 3, width=64), precision=precision, path=tmp_path)
         if not recorded: learn.remove_cb(learn.cuda_graph)
         learn.fit_one_cycle(2, 1e-3)
         assert 'forward' not in vars(learn.model)
@@ -171,7 +173,7 @@ def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
 
 def test_to_fp16_takes_the_place_of_our_precision(path, tmp_path):
     learn = get_learner(get_dls(path, bs=16), precision='bf16', path=tmp_path).to_fp16()
-    assert [type(cb) for cb in learn.cbs if isinstance(cb, MixedPrecision)] == [type(learn.precision)]
+    assert [type(cb) for cb in learn.cbs if isinstance(cb, MixedPrecision)] == [type(learn.mixed_precision)]
     losses = []
     class Spy(Callback):
         order = MixedPrecision.order + 1

@@ -6,10 +6,10 @@ import torch
 from conftest import make_folder, one_cycle
 from matplotlib.colors import same_color
 
-import figures
-from data import decode_images, get_dls
-from learner import get_learner
-from run import save_figure, tell_once
+from lab import figures
+from lab.loader import decode_images
+from lab.runs import report_once, save_figure
+from train_fastai import get_dls, get_learner
 
 LRS = [10 ** (-7 + i / 10) for i in range(75)]
 LOSSES = [3 - min(1, i / 50) + max(0, i - 60) for i in range(75)]
@@ -39,26 +39,26 @@ def test_importing_changes_nothing_for_other_figures(): assert plt.rcParams['tex
 
 
 def test_lr_finder_marks_both_rates():
-    fig = figures.lr_finder(LRS, LOSSES, 1.6e-4, 2.3e-3)
+    fig = figures.draw_lr_finder(LRS, LOSSES, 1.6e-4, 2.3e-3)
     ax = fig.axes[0]
     curve, *marks = ax.lines
     assert list(curve.get_xdata()) == LRS
     assert [m.get_xdata()[0] for m in marks] == [1.6e-4, 2.3e-3]
-    assert {' LRMIN = 1.60e-04 ', ' LRMAX = 2.30e-03 '} <= set(texts(fig))
+    assert {' LRMIN = 1.60·10⁻⁴ ', ' LRMAX = 2.30·10⁻³ '} <= set(texts(fig))
     assert (ax.get_xscale(), ax.get_xlabel()) == ('log', 'learning rate (log scale)')
     assert not overlapping(ax.get_xticklabels())
 
 
 def test_schedule_marks_its_peak_with_its_epoch():
-    fig = figures.schedule(SCHEDULE, 10)
-    assert {'start: 1.00e-04, epoch 0', 'peak: 2.00e-03, epoch 5', 'end: 1.00e-04, epoch 23.9'} <= set(texts(fig))
+    fig = figures.draw_schedule(SCHEDULE, 10)
+    assert {'start: 1.00·10⁻⁴, epoch 0', 'peak: 2.00·10⁻³, epoch 5', 'end: 1.00·10⁻⁴, epoch 23.9'} <= set(texts(fig))
     top, bottom = fig.axes[:2]
     assert list(top.lines[0].get_ydata()) == [row['lr'] for row in SCHEDULE]
     assert (top.get_ylabel(), bottom.get_xlabel()) == ('learning rate', 'iteration (training batch)')
 
 
 def test_history_has_the_90_percent_line_and_says_which_set_is_which():
-    fig = figures.history(HISTORY)
+    fig = figures.draw_history(HISTORY)
     for ax, name in zip(fig.axes, ('loss', 'accuracy'), strict=True):
         for line, split, color in zip(ax.lines, ('train', 'test'), (figures.TRAIN, figures.TEST), strict=False):
             assert list(line.get_ydata()) == [row[f'{split}_{name}'] for row in HISTORY]
@@ -66,16 +66,16 @@ def test_history_has_the_90_percent_line_and_says_which_set_is_which():
         assert not overlapping(ax.get_xticklabels())
     assert list(fig.axes[1].lines[2].get_ydata()) == [0.9, 0.9]
     shown = texts(fig)
-    assert {'training (augmented)', 'test', 'target, 90%', 'loss (nats)', 'accuracy', 'epoch'} <= set(shown)
-    assert any(f'{HISTORY[-1]["test_accuracy"]:.2%}' in t for t in shown)
+    assert {'training (augmented)', 'test', 'target, 90 %', 'loss (nats)', 'accuracy', 'epoch'} <= set(shown)
+    assert any(f'{100 * HISTORY[-1]["test_accuracy"]:.2f} %' in t for t in shown)
 
 
 def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
     wrong = pd.DataFrame([dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10)
                           for i in range(3)])
-    fig = figures.misclassified(decode_images([folder/file for file in wrong.file]), wrong)
+    fig = figures.draw_misclassified(decode_images([folder/file for file in wrong.file]), wrong)
     shown = [ax for ax in fig.axes if ax.images]
-    assert [ax.get_title() for ax in shown] == [f'red → $b$ ({p}%)' for p in (90, 80, 70)]
+    assert [ax.get_title() for ax in shown] == [f'red → $b$ ({p} %)' for p in (90, 80, 70)]
     for ax, file in zip(shown, wrong.file, strict=True):
         image, = ax.images
         assert (np.asarray(image.get_array()) == plt.imread(folder/file, format='png') * 255).all()
@@ -86,7 +86,7 @@ def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
 
 
 def test_confusion_matrix_says_every_number_in_text():
-    fig = figures.confusion_matrix(torch.tensor([[5, 1], [2, 7]]), ['cat', 'dog'])
+    fig = figures.draw_confusions(np.array([[5, 1], [2, 7]]), ['cat', 'dog'])
     assert {'5', '1', '2', '7', 'cat', 'dog', 'actual', 'predicted'} <= set(texts(fig))
     assert fig.axes[0].images[0].get_array().tolist() == [[0, 1], [2, 0]]  # the colour is that of the errors
 
@@ -94,7 +94,7 @@ def test_confusion_matrix_says_every_number_in_text():
 @pytest.mark.parametrize('n', [100, 600])
 def test_names_of_many_classes_do_not_cover_each_other(n):
     vocab = [f'a class with a long name, {i}' for i in range(n)]
-    fig = figures.confusion_matrix(torch.eye(n, dtype=torch.long), vocab)
+    fig = figures.draw_confusions(np.eye(n, dtype=int), vocab)
     fig.draw_without_rendering()
     ax, = fig.axes
     labels = ax.get_yticklabels()
@@ -105,16 +105,16 @@ def test_names_of_many_classes_do_not_cover_each_other(n):
 
 def test_long_names_do_not_run_into_each_other():
     row = dict(actual='an unreasonably long name', predicted='another unreasonably long name', probability=0.5)
-    fig = figures.misclassified(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), pd.DataFrame([row] * 10))
+    fig = figures.draw_misclassified(torch.zeros(10, 3, 32, 32, dtype=torch.uint8), pd.DataFrame([row] * 10))
     fig.draw_without_rendering()
     assert not overlapping([ax.title for ax in fig.axes[:5]])
 
 
 def test_letters_that_no_font_has_are_a_single_line(tmp_path, capsys):
     for vocab, lines in ((['été', 'красный'], 0), (['\U00013000', '\U00013001'], 1)):
-        tell_once.cache_clear()
+        report_once.cache_clear()
         for _ in range(2):
-            save_figure(tmp_path/'x.png', figures.confusion_matrix, torch.eye(2, dtype=torch.long), vocab)
+            save_figure(tmp_path/'x.png', figures.draw_confusions, np.eye(2, dtype=int), vocab)
         assert capsys.readouterr().err == lines * (
             'No installed font has all letters of the class names; figures show boxes for the others.\n')
     assert plt.imread(tmp_path/'x.png').size
@@ -122,7 +122,7 @@ def test_letters_that_no_font_has_are_a_single_line(tmp_path, capsys):
 
 def test_fastais_grids_are_not_blurred(tmp_path):
     learn = get_learner(dls := get_dls(make_folder(tmp_path/'d'), bs=8), precision='fp32', path=tmp_path)
-    for fig in (figures.augmented(dls), figures.top_losses(learn, torch.rand(12))):
+    for fig in (figures.draw_augmented(dls), figures.draw_top_losses(learn, torch.rand(12))):
         images = [image for ax in fig.axes for image in ax.images]
         assert len(images) >= 8
         assert {image.get_interpolation() for image in images} == {'nearest'}

@@ -1,6 +1,5 @@
 import io
 import json
-import math
 import os
 import pickle
 import shutil
@@ -16,10 +15,9 @@ from fastai.vision.all import ClassificationInterpretation, PILImage, image2tens
 from PIL import Image
 
 import predict
-from data import FitSize, RGBImage, get_dls
-from errors import InputError
-from predict import class_scores, confusion_matrix, main, misclassified, most_confused
-from run import load_run
+from lab.errors import InputError
+from lab.loader import FitSize, RGBImage
+from predict import load_run, main
 from train_fastai import main as train
 
 
@@ -45,7 +43,7 @@ def read_csv(capsys, *args):
 
 def test_the_loaded_learner_is_ready_from_anywhere(run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    learn = load_run(run)
+    learn = load_run(run, data)
     m = json.loads((run/'metrics.json').read_text())
     assert learn.validate()[-1] == pytest.approx(m['test_accuracy'])
     assert learn.validate()[-2] == pytest.approx(m['test_loss'])
@@ -60,7 +58,7 @@ def test_the_loaded_learner_is_ready_from_anywhere(run, data, tmp_path, monkeypa
 
 
 def test_without_its_images_it_predicts_the_same(run, data, tmp_path):
-    with_data = load_run(run)
+    with_data = load_run(run, data)
     moved = tmp_path/'moved'
     shutil.copytree(run, moved)
     m = json.loads((moved/'metrics.json').read_text())
@@ -89,7 +87,7 @@ def test_probabilities_and_candidates(run, data, capsys):
     text = capsys.readouterr().out.splitlines()
     assert len({len(line.rstrip()) for line in text[1:]}) == 1, 'not aligned'
     for line, row in zip(text[1:], table.itertuples(), strict=True):
-        assert line.split()[:3] == [row.file, row[2], f'{row[3]:.1%}']
+        assert line.split()[:4] == [row.file, row[2], f'{100 * row[3]:.1f}', '%']
 
 
 def test_a_folder_of_images(run, data, tmp_path, capsys):
@@ -109,31 +107,37 @@ def test_evaluation_agrees_with_the_run_and_with_a_count_by_hand(run, data, caps
     main(str(run), str(data/'test'))
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
-    assert ['accuracy', f'{m["test_accuracy"]:.2%}'] in lines
+    assert ['accuracy', f'{100 * m["test_accuracy"]:.2f}', '%'] in lines
+    def shown(share): return [f'{100 * share:.1f}', '%']
     for c in ('blue', 'green', 'red'):
         named = table['class'] == c
-        assert [c, '6', f'{right[table.actual == c].mean():.1%}',
-                f'{right[named].mean():.1%}' if named.any() else '–'] in lines
+        assert [c, '6', *shown(right[table.actual == c].mean()),
+                *(shown(right[named].mean()) if named.any() else '–')] in lines
     errors = table[~right].groupby(['actual', 'class']).size()
     for (actual, predicted), n in errors.items(): assert [actual, predicted, str(n)] in lines
 
-    learn = load_run(run)
+    learn = load_run(run, data)
     x = torch.cat([x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid])
     net = learn.model.eval()
     with torch.no_grad(): mean = (net(x) + net(x.flip(-1))) / 2
     targets = torch.tensor([learn.dls.vocab.o2i[f.parent.name] for f in learn.dls.valid_ds.items])
     line = next(line for line in lines if line[:3] == ['accuracy,', 'flip', 'averaging'])
     expected = (mean.argmax(1) == targets).float().mean().item()
-    assert float(line[3].rstrip('%')) / 100 == pytest.approx(expected, abs=1e-4)
+    assert float(line[3]) / 100 == pytest.approx(expected, abs=1e-4)
 
 
 def test_flip_averaging_is_the_mean_of_log_probabilities():
     """The first image's mean probability is largest for class a, its mean log-probability for class b."""
     log_probs = torch.tensor([[0.70, 0.28, 0.02], [0.9, 0.05, 0.05]]).log()
     flipped = torch.tensor([[0.10, 0.36, 0.54], [0.8, 0.10, 0.10]]).log()
-    text = predict.evaluation(log_probs, flipped, torch.tensor([1, 0]), ['a', 'b', 'c'])
-    assert text.splitlines()[1].split()[-1] == '50.00%'
-    assert text.splitlines()[2].split()[3] == '100.00%'
+    text = predict.evaluate(log_probs, flipped, torch.tensor([1, 0]), ['a', 'b', 'c'])
+    assert text.splitlines()[1].split()[-2:] == ['50.00', '%']
+    assert text.splitlines()[2].split()[3:5] == ['100.00', '%']
+
+
+def test_where_nothing_is_confused_that_is_said():
+    text = predict.evaluate(*[torch.eye(3).log()] * 2, torch.arange(3), ['cat', 'd|g', 'eel'])
+    assert text.endswith('Every image is classified correctly.')
 
 
 def save_as(mode, pixels, file):
@@ -186,7 +190,7 @@ def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
     Image.fromarray(pixels).save(tmp_path/'x.png', exif=exif)
     save_as('I;16', pixels, tmp_path/'y.png')
     table = read_csv(capsys, run, tmp_path)
-    learn = load_run(run, with_data=False)
+    learn = load_run(run)
     for row in table.itertuples():
         name, _, probabilities = learn.predict(row.file)
         assert row[2] == name
@@ -195,13 +199,13 @@ def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
 
 
 def test_a_learner_without_images_does_what_one_can_without(run, data):
-    learn = load_run(run, with_data=False)
+    learn = load_run(run)
     learn.validate()
     assert learn.dls.valid.bs == 512
     files = sorted((data/'test').rglob('*.png'))
     preds, targets = learn.get_preds(dl=learn.dls.test_dl(files, with_labels=True))
     assert [learn.dls.vocab[i] for i in targets] == [f.parent.name for f in files]
-    torch.testing.assert_close(preds, load_run(run).get_preds()[0])
+    torch.testing.assert_close(preds, load_run(run, data).get_preds()[0])
 
 
 @pytest.mark.parametrize('ending', ['tif', 'png'])
@@ -212,8 +216,8 @@ def test_sixteen_bits(tmp_path, ending):
 
 def test_columns_of_any_letters_are_aligned():
     table = pd.DataFrame(dict(file=['猫.png', 'a.png', 'long name.png'], probability=[0.5, 1., 0.25]))
-    assert predict.aligned(table).splitlines() == ['         file  probability', '       猫.png        50.0%',
-                                                   '        a.png       100.0%', 'long name.png        25.0%']
+    assert predict.align(table).splitlines() == ['         file  probability', '       猫.png       50.0 %',
+                                                 '        a.png      100.0 %', 'long name.png       25.0 %']
 
 
 def floating_point(tmp_path): Image.fromarray(np.zeros((32, 32), 'float32')).save(tmp_path/'float.tif')
@@ -291,7 +295,8 @@ def malicious_pickle(run): (run/'model.pth').write_bytes(pickle.dumps(Malicious(
 @pytest.mark.parametrize(('spoil', 'message'), [
     (no_weights, 'holds no finished run'), (no_metrics, 'metrics.json'), (odd_metrics, 'metrics.json'),
     (no_options, 'metrics.json'), (class_as_path, 'classes without names'),
-    (damaged, 'model.pth is damaged'), (foreign, 'does not hold the weights of this network'),
+    (damaged, 'model.pth is damaged'),
+    (foreign, 'does not hold the weights of ResNet; load_run(…, model=…) takes another'),
     (malicious, 'it was not opened'), (malicious_pickle, 'model.pth is damaged')],
     ids=lambda o: getattr(o, '__name__', None))
 def test_a_run_that_cannot_be_used_is_one_line_and_no_code_of_it_runs(run, data, tmp_path, capsys, monkeypatch, spoil,
@@ -308,19 +313,17 @@ def test_a_run_that_cannot_be_used_is_one_line_and_no_code_of_it_runs(run, data,
 def test_other_images_where_the_images_were(run, tmp_path):
     other = tmp_path/'other'
     shutil.copytree(run, other)
-    m = json.loads((other/'metrics.json').read_text())
     path = make_folder(tmp_path/'d', train=16)
     for split in ('train', 'test'): (path/split/'red').rename(path/split/'pink')
-    m['options']['data'] = str(path)
-    (other/'metrics.json').write_text(json.dumps(m))
-    with pytest.raises(InputError, match='holds other images'): load_run(other)
-    assert list(load_run(other, with_data=False).dls.vocab) == ['blue', 'green', 'red']
+    with pytest.raises(InputError, match=f'{path} holds other images than {other} was trained on'):
+        load_run(other, path)
+    assert list(load_run(other).dls.vocab) == ['blue', 'green', 'red']
 
 
 def test_a_run_in_float32_is_loaded_in_float32(data, tmp_path):
     train(data=data, out=tmp_path/'out', epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3, precision='fp32')
     m = json.loads((tmp_path/'out/metrics.json').read_text())
-    assert load_run(tmp_path/'out').validate()[0] == pytest.approx(m['test_loss'], rel=1e-6)
+    assert load_run(tmp_path/'out', data).validate()[0] == pytest.approx(m['test_loss'], rel=1e-6)
 
 
 def test_a_terminal_of_few_letters_and_an_option_between_run_and_images(run, data, tmp_path):
@@ -333,51 +336,40 @@ def test_a_terminal_of_few_letters_and_an_option_between_run_and_images(run, dat
 
 
 def test_predicting_needs_no_home(run, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('run.fastai_path', None)
+    monkeypatch.setattr('lab.sources.fastai_path', None)
     main(str(run), str(data/'test/red/0.png'))
     assert 'red' in capsys.readouterr().out
 
 
-COUNTS, VOCAB = torch.tensor([[7, 2, 1], [0, 10, 0], [4, 1, 0]]), ['cat', 'd|g', 'eel']
+def as_of_an_earlier_version(run, out):
+    """Copies a run to `out` as an earlier version would have left it: other options, weights channels-last."""
+    shutil.copytree(run, out)
+    m = json.loads((out/'metrics.json').read_text())
+    del m['recipe'], m['options']['lr_end']
+    m['options'] |= dict(taste=m['options'].pop('quick'), final_div=1)
+    assert m['options'].keys() == {'data', 'out', 'epochs', 'bs', 'seed', 'lr_min', 'lr_max', 'final_div', 'wd',
+                                   'label_smoothing', 'ema', 'precision', 'taste'}
+    (out/'metrics.json').write_text(json.dumps(m))
+    weights = torch.load(out/'model.pth', weights_only=True)
+    torch.save({k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in weights.items()},
+               out/'model.pth')
+    return out
 
 
-def rows(table): return list(table.itertuples(index=False, name=None))
+def test_a_run_of_an_earlier_version_is_read(run, data, tmp_path, capsys):
+    old = as_of_an_earlier_version(run, tmp_path/'old')
+    learn = load_run(old, data)
+    assert learn.validate()[-1] == pytest.approx(json.loads((run/'metrics.json').read_text())['test_accuracy'])
+    assert all(p.is_contiguous() for p in learn.model.parameters())
+    outputs = []
+    for o in (run, old):
+        main(str(o), str(data/'test'))
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
 
 
-def test_class_scores():
-    scores = class_scores(COUNTS, VOCAB)
-    assert list(scores) == ['class', 'images', 'recall', 'precision']
-    assert rows(scores) == [('cat', 10, 7 / 10, 7 / 11), ('d|g', 10, 1, 10 / 13), ('eel', 5, 0, 0)]
-    _, (_, n, recall, precision) = rows(class_scores(torch.tensor([[3, 0], [0, 0]]), ['a', 'b']))
-    assert n == 0
-    assert math.isnan(recall)
-    assert math.isnan(precision)
-
-
-def test_most_confused():
-    confused = most_confused(COUNTS, VOCAB)
-    assert list(confused) == ['actual', 'predicted', 'images']
-    assert rows(confused) == [('eel', 'cat', 4), ('cat', 'd|g', 2), ('cat', 'eel', 1), ('eel', 'd|g', 1)]
-    assert rows(most_confused(COUNTS, VOCAB, 1)) == [('eel', 'cat', 4)]
-    assert rows(most_confused(COUNTS.diag().diag(), VOCAB)) == []
-    evaluation = predict.evaluation(*[torch.eye(3).log()] * 2, torch.arange(3), VOCAB)
-    assert evaluation.endswith('Every image is classified correctly.')
-
-
-def test_misclassified_against_a_count_by_hand(folder):
-    dls = get_dls(folder, bs=8)
-    torch.manual_seed(0)
-    log_probs, expected, counts = torch.randn(12, 3).log_softmax(1), [], torch.zeros(3, 3, dtype=torch.long)
-    for i, (file, p) in enumerate(zip(dls.valid_ds.items, log_probs.tolist(), strict=True)):
-        actual, predicted = dls.vocab.o2i[file.parent.name], p.index(max(p))
-        counts[actual, predicted] += 1
-        if actual != predicted: expected.append((-p[actual], i, file, actual, math.exp(p[predicted]), predicted))
-    expected.sort(reverse=True)
-    wrong = misclassified(log_probs, dls)
-    assert 0 < len(wrong) < 12
-    assert list(wrong) == ['file', 'actual', 'predicted', 'probability', 'loss']
-    for row, (loss, i, file, actual, probability, predicted) in zip(wrong.itertuples(), expected, strict=True):
-        assert (row.Index, folder/row.file) == (i, file)
-        assert (row.actual, row.predicted) == (dls.vocab[actual], dls.vocab[predicted])
-        assert (row.loss, row.probability) == pytest.approx((loss, probability))
-    assert confusion_matrix(log_probs, dls.valid_ds.labels).equal(counts)
+def test_a_quick_look_under_its_earlier_name_is_read(tmp_path, capsys):
+    path = make_folder(tmp_path/'d', train=41, test=11)
+    train(data=path, out=tmp_path/'run', quick=True, epochs=1, bs=4, lr_min=1e-4, lr_max=1e-3)
+    old = as_of_an_earlier_version(tmp_path/'run', tmp_path/'old')
+    assert [len(ds) for ds in (load_run(old, path).dls.train_ds, load_run(old, path).dls.valid_ds)] == [15, 6]

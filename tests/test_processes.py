@@ -1,16 +1,17 @@
 """A run in two processes on the CPU, as `accelerate launch` starts them, beside the same run in one."""
 import os
+import runpy
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, make_folder
+from conftest import ROOT, fit, make_folder
 
 from lab import runs
 from lab.errors import InputError
-from train_fastai import Options
+from train_fastai import Options, get_learner
 
 BS, EPOCHS, BATCHES = 16, 2, 3
 RATES = '--lr-min', 1e-4, '--lr-max', 1e-3
@@ -123,3 +124,17 @@ def test_a_batch_that_cannot_be_shared_out(monkeypatch):
     monkeypatch.setattr(runs, 'RANKS', 2)
     with pytest.raises(InputError, match='--bs 15 is not a multiple of 2, the number of processes'):
         runs.Run(Options(bs=15), {'bs'})
+
+
+def test_what_another_launcher_left_in_the_environment_makes_no_processes(dls, tmp_path, monkeypatch):
+    for name, value in dict(WORLD_SIZE='2', RANK='1').items(): monkeypatch.setenv(name, value)
+    found = runpy.run_path(str(ROOT/'lab/processes.py'))
+    assert (found['RANKS'], found['RANK'], found['COMMAND']) == (1, 0, 'python')
+    learn = get_learner(dls, precision='fp32', path=tmp_path)
+    fit(learn)
+    assert len(learn.history.rows) == 2
+    assert learn.get_preds()[0].shape == (12, 3)
+    for name, value in dict(LOCAL_RANK='1', MASTER_ADDR='localhost').items(): monkeypatch.setenv(name, value)
+    found = runpy.run_path(str(ROOT/'lab/processes.py'))
+    assert (found['RANKS'], found['RANK']) == (2, 1)
+    assert found['COMMAND'] == 'accelerate launch --multi_gpu --num_processes 2'

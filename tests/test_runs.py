@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import pickle
@@ -9,17 +10,18 @@ import pytest
 import torch
 from conftest import Malicious
 
-import run
-from errors import InputError, RunError
-from run import Run, load_state, save_csv, save_figure, save_state, write_whole
+from lab import runs
+from lab.errors import InputError, RunError, WriteError
+from lab.runs import Run, load_state, locked, save_csv, save_figure, save_state, write_whole
+from train_fastai import Options
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_rest(tmp_path, monkeypatch):
     file = tmp_path/'x.pth'
     save_state(file, dict(a=torch.ones(3)))
     def full(_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(run.os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left on device: .*x.pth'): save_state(file, dict(a=1))
+    monkeypatch.setattr(runs.os, 'fsync', full)
+    with pytest.raises(WriteError, match='x.pth: No space left on device$'): save_state(file, dict(a=1))
     assert (load_state(file)['a'] == 1).all()
     assert list(tmp_path.iterdir()) == [file]
 
@@ -55,7 +57,7 @@ def test_a_malicious_file_is_refused_and_its_code_not_run(tmp_path, monkeypatch,
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match='none.pth does not exist'): load_state(tmp_path/'none.pth')
-    with pytest.raises(FileNotFoundError, match='no/x'): write_whole(tmp_path/'no'/'x', b'')
+    with pytest.raises(WriteError, match='no/x: No such file or directory$'): write_whole(tmp_path/'no'/'x', b'')
 
 
 def test_csv_without_rows_has_its_header(tmp_path):
@@ -72,7 +74,7 @@ def test_a_file_that_is_locked_for_a_moment_is_tried_again(tmp_path, monkeypatch
             raise PermissionError(errno.EACCES, 'locked')
         return replace(self, target)
     monkeypatch.setattr(Path, 'replace', locked)
-    monkeypatch.setattr(run.time, 'sleep', lambda _: None)
+    monkeypatch.setattr(runs.time, 'sleep', lambda _: None)
     write_whole(tmp_path/'x', b'new')
     assert (tmp_path/'x').read_bytes() == b'new'
     assert len(refused) == 2
@@ -88,19 +90,29 @@ def test_a_figure_that_cannot_be_drawn_is_a_line_on_stderr_and_leaves_no_figure_
     assert not plt.get_fignums()
 
 
-OPTIONS = dict(data=None, out=None, epochs=1, bs=8, seed=1, lr_min=1e-4, lr_max=1e-3, final_div=1, wd=0., ema=0.,
-               label_smoothing=0., precision='auto', taste=False)
+OPTIONS = Options(epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3)
 
 
-def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch, dls):
     monkeypatch.chdir(tmp_path)
-    assert len({Run(OPTIONS, set(), None).claim('images') for _ in range(30)}) == 30
+    runs = [Run(OPTIONS, set()) for _ in range(30)]
+    for run in runs: run.claim_folder(dls)
+    assert len({run.folder for run in runs}) == len(list((tmp_path/'runs').iterdir())) == 30
 
 
 def test_an_error_before_training_offers_nothing_to_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError) as e, Run(OPTIONS, set(), None): raise OSError(2, 'No such file', 'a/file')
-    assert str(e.value) == 'a/file: No such file; nothing was trained yet'
+    with pytest.raises(FileNotFoundError) as e, Run(OPTIONS, set()): raise OSError(2, 'No such file', 'a/file')
+    assert e.value.__notes__ == ['nothing was trained yet']
+
+
+@pytest.mark.parametrize('error', [InputError('no such folder'), RunError('the loss was not finite')], ids=repr)
+def test_an_error_that_would_only_happen_again_offers_nothing(tmp_path, error):
+    (tmp_path/'checkpoint.pth').touch()
+    run = Run(dataclasses.replace(OPTIONS, out=str(tmp_path/'new')), set())
+    run.folder = tmp_path
+    with pytest.raises(type(error)) as e, run: raise error
+    assert not hasattr(e.value, '__notes__')
 
 
 def test_a_command_in_a_message_can_be_pasted(tmp_path):
@@ -108,4 +120,24 @@ def test_a_command_in_a_message_can_be_pasted(tmp_path):
     out.mkdir()
     (out/'metrics.json').touch()
     with pytest.raises(InputError, match=f"resume it with: python train_fastai.py --resume '{out}'"):
-        Run(OPTIONS | dict(out=out), {'out'}, None)
+        Run(dataclasses.replace(OPTIONS, out=out), {'out'})
+
+
+@pytest.mark.parametrize(('changes', 'options'), [
+    ({}, ''), (dict(out='runs/X', epochs=24, wd=0.1), ''),
+    (dict(quick=True, epochs=4, bs=64), '--epochs 4 --bs 64 --quick'),
+    (dict(data='/my images', lr_min=1e-4, lr_max=1e-3), "--data '/my images' --lr-min 0.0001 --lr-max 0.001"),
+    (dict(label_smoothing=0, ema=0.), '--label-smoothing 0 --ema 0.0')], ids=str)
+def test_the_command_that_repeats_a_run_has_what_differs_from_the_defaults(changes, options):
+    assert Run(Options(**changes), set()).command == f'python train_fastai.py {options}'.strip()
+
+
+def test_a_lock_is_gone_with_its_run_and_nobody_else_gets_in_before(tmp_path):
+    with locked(tmp_path):
+        assert (tmp_path/'.lock').exists()
+        with pytest.raises(InputError, match='in use by another run'), locked(tmp_path): pass
+        assert (tmp_path/'.lock').exists(), 'whoever was refused leaves the lock'
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path): pass
+    with pytest.raises(ValueError, match='no more'), locked(tmp_path): raise ValueError('no more')
+    assert list(tmp_path.iterdir()) == []

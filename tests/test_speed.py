@@ -90,12 +90,16 @@ def test_maps_side_by_side_are_convolved_as_ever(n, h, w, memory):
 @pytest.mark.parametrize('amx', [False, True])
 def test_small_maps_lie_side_by_side_in_a_fit_where_the_processor_has_amx(dls, tmp_path, monkeypatch, amx):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(amx_bf16=amx))
+    pad, calls = nn.functional.pad, []
+    monkeypatch.setattr(nn.functional, 'pad', lambda *args, **kwargs: calls.append(args) or pad(*args, **kwargs))
     dls.cpu()
     class Look(Callback):
         def after_train(self): self.classes = {type(m) for m in self.model.modules() if isinstance(m, nn.Conv2d)}
     for precision in ('bf16', 'fp32'):
         learn = get_learner(dls, precision=precision, path=tmp_path)
+        calls.clear()
         fit(learn, 1, cbs=(see := Look()))
+        assert len(calls) == (5 * 3 if amx and precision == 'bf16' else 0), 'of five batches, in layer 3 alone'
         assert see.classes == {SideBySideConv2d if amx and precision == 'bf16' else nn.Conv2d}
         assert {type(m) for m in learn.model.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
 

@@ -1,0 +1,68 @@
+"""Which room imports which, and that importing any runs nothing."""
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+MODULES = {f.stem: f for f in ROOT.glob('*.py')} | {f'lab.{f.stem}': f for f in (ROOT/'lab').glob('*.py')}
+EXPERIMENT = {'train_fastai', 'predict', 'callbacks', 'arch'}
+# A room may import those below it; `lab` stands for any room of the package.
+BELOW = dict(arch=set(), lab={'lab'}, callbacks={'lab'}, train_fastai={'arch', 'callbacks', 'lab'},
+             predict={'train_fastai', 'arch', 'callbacks', 'lab'})
+
+
+def imported(module: str) -> set[str]:
+    """The modules, ours and others, that `module` imports anywhere in its code."""
+    tree, found = ast.parse(MODULES[module].read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): found |= {o.name for o in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, 'a relative import'
+            found |= {f'lab.{o.name}' for o in node.names} if node.module == 'lab' else {node.module}
+    return found
+
+
+def test_the_rooms_are_those_of_the_design():
+    package = 'loader', 'finder', 'speed', 'runs', 'processes', 'errors', 'evaluate', 'figures', 'report'
+    assert set(MODULES) >= EXPERIMENT | {f'lab.{name}' for name in package}
+    named = {line.split()[0] for line in (ROOT/'lab/__init__.py').read_text().splitlines() if line.startswith('    ')}
+    assert {f'lab.{name}' for name in named} == {m for m in MODULES if m.startswith('lab.')} - {'lab.__init__'}
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_imports_go_one_way(module):
+    rooms = {'lab' if name.startswith('lab.') else name for name in imported(module) if name in MODULES}
+    assert rooms <= BELOW['lab' if module.startswith('lab.') else module]
+    if module == 'arch': assert {name.split('.')[0] for name in imported(module)} == {'torch'}
+
+
+def test_no_room_of_the_package_needs_itself():
+    """Imports within `lab` go one way, too."""
+    needs = {m: {name for name in imported(m) if name in MODULES} for m in MODULES if m.startswith('lab.')}
+    while leaves := {m for m, names in needs.items() if not names & needs.keys()}:
+        needs = {m: names for m, names in needs.items() if m not in leaves}
+    assert needs == {}
+
+
+def test_importing_any_room_runs_nothing(tmp_path):
+    """Nothing is printed, written, caught or drawn, and the state of generators and libraries is as it was."""
+    code = f'''
+import os, random, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import matplotlib, torch
+from fastai.vision.all import defaults, np
+def state():
+    return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), signal.getsignal(2),
+            signal.getsignal(15), dict(matplotlib.rcParams), torch.backends.cudnn.benchmark, torch.get_num_threads(),
+            dict(os.environ), sys.stdout, sys.stderr, threading.active_count(), defaults.use_cuda)
+before = state()
+for module in {sorted(MODULES)!r}:
+    __import__(module)
+    for i, (one, other) in enumerate(zip(before, state(), strict=True)): assert one == other, (module, i)
+'''
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ('', 0), done.stderr
+    assert 'Traceback' not in done.stderr
+    assert list(tmp_path.iterdir()) == []
