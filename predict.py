@@ -22,15 +22,16 @@ from lab.evaluate import count_confusions, get_log_probs, list_confusions, score
 from lab.loader import SIZE, BatchDL, FitSize, RGBImage, check_access, check_names, fingerprint
 from lab.report import percent
 from lab.runs import load_state
+from lab.sources import get_data
 from train_fastai import get_dls, get_learner
 
 
 def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module | None = None) -> Learner:
     """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
 
-    Without `data` it reads no images, which is enough to predict; with the folder of the run's images it also
-    validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`. Raises
-    `InputError`.
+    Without `data` it reads no images, which is enough to predict; with the folder of the run's images, or of a copy of
+    them, it also validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`.
+    Weights that are stored in float16, as the published ones, predict in float32. Raises `InputError`.
     """
     run = Path(run)
     if not os.path.exists(run/'model.pth'):
@@ -52,9 +53,12 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
                          'network') from e
     if data is None: dls = get_empty_dls(classes)
     else:
-        dls = get_dls(data, bs=bs, every=10 if quick else 1)
-        if fingerprint(dls) != images: raise InputError(f'{data} holds other images than {run} was trained on')
-    return get_learner(dls, model, precision='fp32' if precision == 'fp32' else 'auto', path=run)
+        every = 10 if quick and o['data'] else 1  # the sample is a tenth already
+        dls = get_dls(get_data(data), bs=bs, every=every)
+        if fingerprint(dls, names=False) != images:
+            raise InputError(f'{data} holds other images than {run} was trained on')
+    exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
+    return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run)
 
 
 def get_empty_dls(vocab: list[str]) -> DataLoaders:

@@ -42,7 +42,6 @@ from lab.loader import (
 from lab.processes import RANK, RANKS, join_processes, on_first, one_by_machine
 from lab.results import describe, draw_training, save_finder, save_results
 from lab.runs import Run, given_options, takes_options
-from lab.sources import get_data
 from lab.speed import PRECISIONS, CUDAGraph, Precision, keep_random_state, resolve_precision
 
 PCT_START = 5 / 24  # the schedule peaks at epoch 5 of 24
@@ -148,19 +147,19 @@ def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
 
 def experiment(run: Run):
     """Data → learner → learning rates → one cycle → results, everything in the run's folder."""
-    o = run.options
     print('Reading the images …', flush=True)
-    dls = one_by_machine(lambda: get_dls(get_data(o.data), bs=o.bs, every=10 if o.quick else 1))
+    dls = one_by_machine(lambda: get_dls(**run.find_images()))
     run.claim_folder(dls)
+    o = run.options
     learn = get_learner(dls, wd=o.wd, label_smoothing=o.label_smoothing, ema=o.ema, precision=run.precision,
                         seed=o.seed, path=run.folder)
-    describe(learn, run.precision)
+    describe(run, learn)
 
     if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
     else:
         print('Finding the learning rates …', flush=True)
         lr_min, lr_max = on_first(find_lrs, learn)
-        save_finder(learn, lr_min, lr_max)
+        save_finder(run, learn, lr_min, lr_max)
     print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
     # fastai's div and div_final both divide LRMAX; with div_final=1 the rate would stay at LRMAX for 19 epochs.
@@ -168,7 +167,7 @@ def experiment(run: Run):
         with data_parallel(learn):
             learn.fit_one_cycle(o.epochs, lr_max, div=lr_max / lr_min, div_final=lr_max / (o.lr_end or lr_min),
                                 pct_start=PCT_START, cbs=run.checkpoint(lr_min, lr_max))
-    finally: draw_training(learn)
+    finally: draw_training(run, learn)
     if RANK == 0: save_results(run, learn)
 
 
@@ -198,4 +197,5 @@ def main(
     **kwargs
 ):
     "Train the assignment's ResNet on CIFAR-10 and leave metrics, figures and weights in a run folder."
-    with join_processes(), Run(Options(**kwargs), given_options(main, kwargs), resume) as run: experiment(run)
+    given = given_options(main, kwargs)
+    with join_processes(), Run(Options(**kwargs), given, resume, by_command=is_cli(main)) as run: experiment(run)

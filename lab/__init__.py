@@ -6,6 +6,7 @@
     finder      the learning rate that `lr_find` suggests, and its median over several finders
     learner     the `Learner`, its optimizer, loss and progress; training in several processes
     loader      files → pixels → whole batches
+    page        every misclassified image on one page of HTML, with page.html, its template
     processes   what the processes of one run agree on (accelerate)
     report      a run as one page of Markdown
     results     what a run writes beside its checkpoint: tables, figures, report, weights

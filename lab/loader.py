@@ -200,10 +200,22 @@ def list_augmentations(dls: DataLoaders) -> list[str]:
     return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs) if tfm.split_idx == 0]
 
 
-def fingerprint(dls: DataLoaders) -> str:
-    """A digest of all names, labels and pixels, which identifies the data."""
-    digest = hashlib.sha256()
-    for ds in (dls.train_ds, dls.valid_ds):
-        digest.update('\n'.join(f.relative_to(dls.path).as_posix() for f in ds.items).encode())
-        digest.update(ds.images.cpu().permute(0, 2, 3, 1).numpy())
-    return digest.hexdigest()
+def digest_images(files: Sequence[Path], images: Tensor, path: Path | None = None) -> str:
+    """A digest of the labels and pixels of a data set, the same for all its copies, whatever their files are called.
+
+    `images` (N, 3, H, W) uint8 are those in the `files`. With their folder `path`, the digest is also of the names and
+    the order of the files, from which the order of training follows.
+    """
+    def digest(file: Path, pixels: ndarray) -> bytes:
+        split = 'train' if file.parent.parent.name == 'train' else 'test'
+        name = file.relative_to(path).as_posix() if path else f'{split}/{file.parent.name}'
+        return hashlib.sha256(name.encode() + b'\0' + pixels.tobytes()).digest()
+    digests = map(digest, files, images.cpu().permute(0, 2, 3, 1).numpy())
+    return hashlib.sha256(b''.join(digests if path else sorted(digests))).hexdigest()
+
+
+def fingerprint(dls: DataLoaders, names: bool = True) -> str:
+    """The digest of both sets, which identifies the images; with `names`, the names and the order of files count."""
+    sets = dls.train_ds, dls.valid_ds
+    return digest_images([f for ds in sets for f in ds.items], torch.cat([ds.images for ds in sets]),
+                         dls.path if names else None)

@@ -133,8 +133,8 @@ epoch{', with the averaged weights' if recipe['ema'] else ''}. The numbers are i
 
 ## Errors
 
-{wrong:,} of {m['test_images']:,} test images are misclassified. All are in [misclassified.csv](misclassified.csv),
-those with the largest loss first.
+{wrong:,} of {m['test_images']:,} test images are misclassified. [errors.html](errors.html) shows all of them, and
+[misclassified.csv](misclassified.csv) lists them, those with the largest loss first.
 
 ![Ten misclassified test images](misclassified.png)
 

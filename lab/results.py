@@ -10,10 +10,11 @@ from fastai.vision.all import *
 
 from lab import figures
 from lab.evaluate import count_confusions, get_log_probs, list_confusions, score_classes
-from lab.loader import list_augmentations
+from lab.loader import fingerprint, list_augmentations
+from lab.page import write_page
 from lab.processes import RANK
 from lab.report import percent, write_report
-from lab.runs import Run, save_csv, save_figure, save_state, write_whole
+from lab.runs import Run, carry_on, save_csv, save_state, write_whole
 from lab.speed import device_name
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -22,29 +23,29 @@ TARGET = 0.9  # test accuracy, the assignment's
 def count_parameters(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
 
 
-def describe(learn: Learner, precision: str):
+def describe(run: Run, learn: Learner):
     """Print what is about to be trained, and draw a training batch as the network sees it."""
     dls = learn.dls
     print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
-          f'{count_parameters(learn.model):,} parameters, {precision} on {device_name(learn.device)}', flush=True)
-    save_figure(learn.path/'augmented.png', figures.draw_augmented, dls)
+          f'{count_parameters(learn.model):,} parameters, {run.precision} on {device_name(learn.device)}', flush=True)
+    run.save_figure('augmented.png', figures.draw_augmented, dls)
 
 
-def save_finder(learn: Learner, lr_min: float, lr_max: float):
+def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float):
     """Write the last finder's curve, as a table and as a figure that marks the two rates used."""
     if RANK: return
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
-    save_csv(learn.path/'lr_find.csv', curve)
-    save_figure(learn.path/'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
+    save_csv(run.folder/'lr_find.csv', curve)
+    run.save_figure('lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 
 
-def draw_training(learn: Learner):
+def draw_training(run: Run, learn: Learner):
     """Draw the schedule and the history so far. After an error nothing but the error is reported."""
     h, silent = learn.history, io.StringIO() if sys.exc_info()[0] else sys.stderr
     with contextlib.redirect_stderr(silent):
-        if h.schedule: save_figure(learn.path/'schedule.png', figures.draw_schedule, h.schedule, len(learn.dls.train))
+        if h.schedule: run.save_figure('schedule.png', figures.draw_schedule, h.schedule, len(learn.dls.train))
         smoothing = getattr(learn.loss_func, 'label_smoothing', 0.)
-        if h.rows: save_figure(learn.path/'history.png', figures.draw_history, h.rows, smoothing, TARGET)
+        if h.rows: run.save_figure('history.png', figures.draw_history, h.rows, smoothing, TARGET)
 
 
 def describe_recipe(learn: Learner) -> dict:
@@ -70,12 +71,12 @@ def save_results(run: Run, learn: Learner):
     counts, classes = count_confusions(log_probs, targets), score_classes(log_probs, targets, dls.vocab)
     lr_min, lr_max = run.lrs
     metrics = dict(
-        parameters=count_parameters(learn.model), lr_min=lr_min, lr_max=lr_max, precision=run.precision,
-        epochs=o.epochs, batch_size=o.bs, seed=o.seed, device=device_name(learn.device),
+        quick_look=o.quick, parameters=count_parameters(learn.model), lr_min=lr_min, lr_max=lr_max,
+        precision=run.precision, epochs=o.epochs, batch_size=o.bs, seed=o.seed, device=device_name(learn.device),
         **{k: h.rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
         seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
-        test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=run.fingerprint,
+        test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=fingerprint(dls, names=False),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         recipe=describe_recipe(learn), options=vars(o))
     save_csv(out/'misclassified.csv', wrong)
@@ -85,10 +86,16 @@ def save_results(run: Run, learn: Learner):
                           list_confusions(counts, dls.vocab, 3))
     write_whole(out/'report.md', report.encode())
     save_state(out/'model.pth', learn.model.state_dict())
-    save_figure(out/'misclassified.png', figures.draw_misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
-    save_figure(out/'confusion_matrix.png', figures.draw_confusions, counts, dls.vocab)
+    run.save_figure('misclassified.png', figures.draw_misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
+    charts = {'Learning-rate finder': 'lr_find.png', 'Loss and accuracy': 'history.png', 'Schedule': 'schedule.png'}
+    with carry_on(out/'errors.html'):
+        page = write_page(metrics, wrong, classes, dls.valid_ds.images[wrong.index], {
+            title: (out/file).read_bytes() for title, file in charts.items() if (out/file).exists()})
+        write_whole(out/'errors.html', page.encode())
+    run.save_figure('confusion_matrix.png', figures.draw_confusions, counts, dls.vocab)
     losses = F.nll_loss(log_probs, targets, reduction='none')
-    save_figure(out/'top_losses.png', figures.draw_top_losses, learn, losses)
+    run.save_figure('top_losses.png', figures.draw_top_losses, learn, losses)
     print(f'{"quick look" if o.quick else "run"} finished: training accuracy {percent(metrics["train_accuracy"], 2)}, '
           f'test accuracy {percent(metrics["test_accuracy"], 2)}, '
-          f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\nEverything is in {out}')
+          f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\n'
+          f'Everything {"of this quick look " if o.quick else ""}is in {out}')

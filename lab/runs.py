@@ -20,6 +20,7 @@ from lab.errors import InputError, RunError, WriteError, one_line
 from lab.learner import LAST
 from lab.loader import fingerprint
 from lab.processes import COMMAND, RANK, RANKS, gather, lost_a_process, on_first
+from lab.sources import NetworkError, get_data, get_sample
 from lab.speed import resolve_precision
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
@@ -57,16 +58,29 @@ def save_csv(file: Path, table: pd.DataFrame):
 def report_once(message: str): print(message, file=sys.stderr)
 
 
-def save_figure(file: Path, draw: Callable, *args):
-    """Write the figure that `draw(*args)` makes, at 120 dots per inch; if that fails, report it on stderr."""
+def save_figure(file: Path, draw: Callable, *args, quick: bool = False):
+    """Write the figure that `draw(*args)` makes, at 120 dots per inch; if that fails, report it on stderr.
+
+    Titles say so if it is of a `quick` look.
+    """
     if RANK: return
     with carry_on(file), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        try: draw(*args).savefig(content := io.BytesIO(), dpi=120)
+        try:
+            fig = draw(*args)
+            if quick: title_quick_look(fig)
+            fig.savefig(content := io.BytesIO(), dpi=120)
         finally: plt.close('all')
         write_whole(file, content.getvalue())
     if any('missing from font' in str(w.message) for w in caught):
         report_once('No installed font has all letters of the class names; figures show boxes for the others.')
+
+
+def title_quick_look(fig: plt.Figure):
+    """Add to the titles of `fig` that they are of a quick look."""
+    if title := fig.get_suptitle(): fig.suptitle(f'{title} (quick look)')
+    else:
+        for ax in fig.axes: ax.set_title(f'{ax.get_title()} (quick look)' if ax.get_title() else '')
 
 
 @contextlib.contextmanager
@@ -207,11 +221,13 @@ class Run:
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
     `options` is an `Options`; `given` names those that the user gave. With `resume`, the folder of an interrupted run,
-    they are that run's own, but for a data folder that has moved. Raises `InputError`.
+    they are that run's own, but for a data folder that has moved. `by_command` says that no Python code started it.
+    Raises `InputError`.
     """
 
-    def __init__(self, options, given: set[str], resume: str | Path | None = None):
+    def __init__(self, options, given: set[str], resume: str | Path | None = None, by_command: bool = False):
         self.start, self.state, self.stack = time.perf_counter(), None, contextlib.ExitStack()
+        self.bare = by_command and resume is None and given <= {'out'} and RANKS == 1
         paths = {k: str(v) for k, v in vars(options).items() if isinstance(v, Path)}  # JSON has none
         options = dataclasses.replace(options, **paths)
         if resume is None:
@@ -273,6 +289,21 @@ class Run:
                              'that version')
         return state
 
+    def find_images(self) -> dict:
+        """The arguments of `get_dls`: the data folder, the batch size, and of how many images one is taken.
+
+        A quick look takes the sample, or a tenth of a given folder. The bare command, which has no option but --out,
+        turns into a quick look where there is no network. Raises `InputError`.
+        """
+        o = self.options
+        try: path = get_sample() if o.quick and o.data is None else get_data(o.data)
+        except NetworkError as e:
+            if not self.bare: raise
+            print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
+            self.options = o = limit_to_quick_look(dataclasses.replace(o, quick=True))
+            path = get_sample()
+        return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1)
+
     def claim_folder(self, dls: DataLoaders):
         """Make and lock the folder for a run on the images of `dls`. Raises `InputError`."""
         self.fingerprint = fingerprint(dls)
@@ -291,6 +322,10 @@ class Run:
         self.lock()
         self.check_free()  # another run may have come first
         return self.folder
+
+    def save_figure(self, name: str, draw: Callable, *args):
+        """`save_figure` to the file `name` of the run's folder."""
+        save_figure(self.folder/name, draw, *args, quick=self.options.quick)
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, which uses these learning rates."""

@@ -12,6 +12,7 @@ from fastai.vision.all import Callback, MixedPrecision
 from PIL import Image
 
 from arch import ResNet
+from lab.sources import get_sample
 from train_fastai import get_dls
 
 matplotlib.use('Agg')
@@ -100,11 +101,9 @@ def permissions_bind():
 
 
 @pytest.fixture(scope='session')
-def cifar10() -> Path:
-    """The genuine CIFAR-10, where fastai keeps a downloaded copy."""
-    path = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()/'data/cifar10'
-    if not (path/'test').is_dir(): pytest.skip('CIFAR-10 is not on this machine')
-    return path
+def sample() -> Path:
+    """5,000 training and 1,000 test images of the genuine CIFAR-10. Not to be changed."""
+    return get_sample()
 
 
 def end(capsys, code, call, *args, **options) -> str:

@@ -202,14 +202,6 @@ def test_files_come_sorted_whatever_the_directory_says(folder, monkeypatch):
     assert list(image_files(folder)) == sorted(folder.rglob('*.png'), key=lambda f: f.parts)
 
 
-def test_the_genuine_cifar10(cifar10):
-    files = image_files(cifar10)
-    assert len(files) == 60_000
-    images = decode_images(files[10_000:][::50]).float() / 255
-    torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(cifar_stats[0]), atol=0.01, rtol=0)
-    torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(cifar_stats[1]), atol=0.01, rtol=0)
-
-
 def test_what_is_transparent_is_white_for_every_reader(tmp_path):
     pixels = np.zeros((32, 32, 4), 'uint8')
     pixels[:, :, 0], pixels[8:24, 8:24, 3] = 200, 255  # red, also where it cannot be seen
