@@ -122,7 +122,8 @@ def get_learner(dls: DataLoaders, model: nn.Module | None = None, opt_func: Call
     last step's weights. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights of the
     default network and all randomness of every epoch: on a CPU the same seed gives the same run. Raises `InputError`.
     """
-    device = getattr(dls, 'device', None) or default_device()
+    own = default_device() if model is None else next(model.parameters()).device
+    device = getattr(dls, 'device', default_device()) or own  # loaders of another kind may have none
     precision = resolve_precision(precision, device)
     with keep_random_state(device):
         set_seed(seed)

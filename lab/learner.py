@@ -8,7 +8,7 @@ from fastprogress.fastprogress import MasterBar, ProgressBar
 
 from lab.loader import SHOW_PROGRESS
 from lab.processes import RANK, RANKS, let_rank_0_report, lost_a_process
-from lab.speed import CUDAGraph, Precision, match_layout, train_fast
+from lab.speed import CUDAGraph, Precision, keep_random_state, match_layout, train_fast
 
 FIRST, AFTER_RECORDER, LAST = -20, Recorder.order + 1, Recorder.order + 2  # orders of callbacks
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -107,6 +107,11 @@ class TorchOptimizer(OptimWrapper):
         for (of_list, decays), pg in zip(self.groups, self.opt.param_groups, strict=True):
             if of_list == i and (decays or k != 'wd'): set_item_pg(pg, self.bwd_map[k], v)
 
+    def state_dict(self) -> dict:
+        """As torch's; the tensors are contiguous, also within a fit."""
+        state = self.opt.state_dict()
+        return state | dict(state=apply(lambda o: o.contiguous() if isinstance(o, Tensor) else o, state['state']))
+
     def load_state_dict(self, state: dict):
         self.opt.load_state_dict(state)
         match_layout(self)
@@ -201,16 +206,18 @@ class RobustLearner(Learner):
     def step_aside(self):
         """Context manager for predictions within a fit: keeps the state of the loop, the recorder and the metrics."""
         recorder = getattr(self, 'recorder', Recorder())  # `FetchPredsCallback` takes it away
+        modes = {m: m.training for m in self.model.modules()}
         loop = 'dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad', 'iter', 'n_iter', 'training', 'during_batch', '_metrics'
         kept = [(vars(o), {k: vars(o)[k] for k in names if k in vars(o)})
                 for o, names in ((self, loop), (recorder, ('loss', 'log')))]
         vars(recorder).update(loss=AvgLoss(), log=L())
         self._metrics, self.aside = deepcopy(self._metrics), self.aside + 1
-        try: yield
+        try:
+            with keep_random_state(self.device): yield
         finally:
             self.aside, self.aside_record = self.aside - 1, recorder.log
             for variables, values in kept: variables.update(values)
-            self.model.train(self.training)
+            for m, mode in modes.items(): m.training = mode
 
     def validate(self, *args, **kwargs):
         result = super().validate(*args, **kwargs)

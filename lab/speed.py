@@ -11,7 +11,7 @@ import warnings
 from fastai.vision.all import *
 
 from lab.errors import InputError
-from lab.processes import RANKS
+from lab.processes import RANKS, ignore_other_launch
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
 SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (docs/speed.md)
@@ -20,16 +20,17 @@ SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (
 class Precision(MixedPrecision):
     """fastai's mixed precision, with 'bf16' on a CPU, too, where fastai's own would train in float32.
 
-    `after_loss` is skipped by an error in a forward pass, so the autocast is also left with the learner's
+    Elsewhere it does what fastai's does: on anything but CUDA that is to warn, and to train in float32. `after_loss` is skipped by an error in a forward pass, so the autocast is also left with the learner's
     `during_batch`: if it stayed entered, its cache of cast weights would be what later learners train on.
     """
     name = 'mixed_precision'  # where fastai looks for it
 
     def before_fit(self):
-        if next(self.model.parameters()).device.type != 'cpu' or self.amp_mode != AMPMode.BF16:
+        device = next(self.model.parameters()).device
+        if device.type != 'cpu' or self.amp_mode != AMPMode.BF16:
             super().before_fit()
             return
-        self.autocast, self.scales = torch.autocast('cpu', dtype=torch.bfloat16), L()
+        self.autocast, self.scales = autocast_for(self, device), L()
         self.learn.scaler = torch.amp.GradScaler('cpu', enabled=False)
 
     def before_batch(self): self.during_batch.enter_context(self.autocast)
@@ -39,6 +40,13 @@ class Precision(MixedPrecision):
     def state_dict(self) -> dict: return self.learn.scaler.state_dict()
 
     def load_state_dict(self, state: dict): self.learn.scaler.load_state_dict(state)
+
+
+def autocast_for(precision: MixedPrecision | None, device: torch.device) -> torch.autocast:
+    """What `precision` means on `device`: float16 on CUDA, bfloat16 there and on a CPU, and nothing elsewhere."""
+    half = precision is not None and precision.amp_mode == AMPMode.FP16
+    return torch.autocast(device.type, torch.float16 if half else torch.bfloat16,
+                          enabled=precision is not None and device.type in ('cuda', *([] if half else ['cpu'])))
 
 
 class CUDAGraph(Callback):
@@ -172,7 +180,7 @@ def keep_random_state(device: torch.device):
 def train_fast(learn: Learner):
     """Context manager for a fit of `learn`: all that makes it fast, gone without a trace at its end."""
     memory = keep_freed_memory() if learn.device.type == 'cpu' else contextlib.nullcontext()
-    with keep_random_state(learn.device), memory, fast_layout(learn):
+    with ignore_other_launch(), keep_random_state(learn.device), memory, fast_layout(learn):
         torch.backends.cudnn.benchmark = True
         yield
 
