@@ -29,7 +29,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
 
     Without `data` it reads no images, which is enough to predict; with the folder of the run's images it also
-    validates, shows results and trains on. A run of another network than `ResNet` needs that as `model`. Raises
+    validates, shows results and trains on (else that raises `InputError`). A run of another network than `ResNet` needs that as `model`. Raises
     `InputError`.
     """
     run = Path(run)
@@ -57,12 +57,41 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     return get_learner(dls, model, precision='fp32' if precision == 'fp32' else 'auto', path=run)
 
 
+class NoImagesDL(BatchDL):
+    """The loader of a run without its images: refuses what needs them, by `InputError`; `summary` gets a blank one.
+
+    It is an ordinary loader once it has images, as the one that `test_dl` makes of it.
+    """
+
+    def __len__(self): return super().__len__() or 1  # fastai divides by it
+
+    def __iter__(self):
+        self.refuse_without_images()
+        return super().__iter__()
+
+    def one_batch(self):
+        if self.n: return super().one_batch()
+        blank = TensorImage(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)), TensorCategory(torch.zeros(1).long())
+        return self.after_batch(to_device(blank, self.device))
+
+    def show_batch(self, *args, **kwargs):
+        self.refuse_without_images()
+        return super().show_batch(*args, **kwargs)
+
+    def show_results(self, *args, **kwargs):
+        self.refuse_without_images()
+        return super().show_results(*args, **kwargs)
+
+    def refuse_without_images(self):
+        if not self.n: raise InputError('this learner has no images; load_run(run, data=FOLDER) reads them')
+
+
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
     """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
     blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_items=lambda _: [blank, blank],
                       get_y=lambda _: vocab[0], splitter=IndexSplitter([1]), item_tfms=FitSize(),
-                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=BatchDL)
+                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=NoImagesDL)
     return DataLoaders(*(dl.new(bs=512) for dl in block.dataloaders('.', bs=1, num_workers=0).new_empty().loaders))
 
 
