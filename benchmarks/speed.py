@@ -6,7 +6,6 @@
 
 Every round measures every row once; a figure is the median over the rounds.
 """
-import ctypes
 import json
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
+from lab import errors  # isort: skip  # noqa: F401, before fastai, whose import it silences
 
 from fastai.vision.all import *
 from fastcore.script import call_parse
@@ -23,9 +22,10 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from arch import ResNet
-from data import get_data, get_dls
-from learner import SideBySideConv2d, best_precision, device_name, get_learner, keep_freed_memory
-from run import Checkpoint
+from lab.runs import Checkpoint
+from lab.sources import get_data
+from lab.speed import SideBySideConv2d, best_precision, device_name, keep_freed_memory
+from train_fastai import get_dls, get_learner
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -58,7 +58,7 @@ def repeat(n: int, f: Callable):
 def loader(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
     """A pass over the training images: decoded or taken from memory, augmented, normalised, on the device."""
     stock = {f'fastai, item by item, {n} workers':
-             get_dls(data, bs, stock_loader=True, num_workers=n, device=device).train for n in (0, 2)}
+             get_dls(data, bs, num_workers=n, device=device).train for n in (0, 2)}
     tfms = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*cifar_stats)])
     images = ImageFolder(data/'train', tfms)
     plain = {f'torchvision without cutout, {n} workers':
@@ -70,14 +70,6 @@ def loader(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
     seconds['ours'] /= passes
     best = min(seconds[name] for name in stock)
     return {name: dict(images_per_second=len(ours) * bs / s, ratio=best / s) for name, s in seconds.items()}
-
-
-def return_freed_memory():
-    """Undoes `keep_freed_memory`: back to glibc's defaults."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-4, 65536)
-    libc.mallopt(-1, 128 * 1024)
-    libc.malloc_trim(0)
 
 
 def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
@@ -113,9 +105,7 @@ def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
     parts = {name: partial(repeat, n, f) for name, f in steps.items()}
     if device.type == 'cpu' and sys.platform == 'linux':
         def with_memory_kept():
-            keep_freed_memory()
-            parts[last]()
-            return_freed_memory()
+            with keep_freed_memory(): parts[last]()
         parts['+ freed memory kept'] = with_memory_kept
     a = torch.randn(4096, 4096, device=device, dtype=DTYPES[precision])
     seconds = in_turn(parts | {'matmul': lambda: repeat(n, lambda: a @ a)}, rounds, device)

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lab.loader import list_augmentations
+from lab.report import format_rate
 from lab.speed import keep_random_state
 
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # one colour for one thing in all figures
@@ -36,7 +37,8 @@ def draw_lr_finder(lrs: list[float], losses: list[float], lr_min: float, lr_max:
     ax.set_ylim(low - 0.1 * (start - low), start + 0.5 * (start - low))  # the finder stops only far beyond the minimum
     for lr, name, align in ((lr_min, 'LRMIN', 'right'), (lr_max, 'LRMAX', 'left')):
         ax.axvline(lr, color=MARK, linestyle='--')
-        ax.annotate(f' {name} = {lr:.2e} ', (lr, 0.02), xycoords=('data', 'axes fraction'), color=MARK, ha=align)
+        text, place = f' {name} = {format_rate(lr)} ', (lr, 0.02)
+        ax.annotate(text, place, xycoords=('data', 'axes fraction'), color=MARK, ha=align)
     ax.set(xscale='log', xlabel='learning rate (log scale)', ylabel='smoothed training loss',
            title='Learning-rate finder')
     ax.grid(alpha=0.3)
@@ -50,7 +52,7 @@ def draw_schedule(rows: list[dict], batches_per_epoch: int) -> Figure:
     top.plot(batch, lr, color='black')
     peak = int(np.argmax(lr))
     for at, name, marker in ((0, 'start', '>'), (peak, 'peak', '^'), (len(lr) - 1, 'end', 's')):
-        label = f'{name}: {lr[at]:.2e}, epoch {at / batches_per_epoch:.3g}'
+        label = f'{name}: {format_rate(lr[at])}, epoch {at / batches_per_epoch:.3g}'
         top.plot(batch[at], lr[at], marker, color=MARK, label=label)
     top.legend(loc='upper right')
     top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
@@ -78,7 +80,7 @@ def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 
         ax.set(xlabel='epoch', ylabel=name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
-    left.set(title='Cross-entropy loss', ylabel='loss (nats)')
+    left.set(title='Loss', ylabel='loss (nats)')
     right.axhline(target, color=MARK, linestyle='--', label=f'target, {100 * target:.0f} %')
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=' %'))
     right.set_title(f'Accuracy (test after the last epoch: {100 * rows[-1]["test_accuracy"]:.2f} %)')
@@ -92,7 +94,7 @@ def draw_misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
     """The first rows of `wrong`, as in misclassified.csv; `images` (n, 3, H, W) uint8 are theirs."""
     cols = 5
     lines = max(-(-len(images) // cols), 1)
-    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.9 + 2.6 * lines), layout='constrained')
+    fig, axs = plt.subplots(lines, cols, figsize=(11, 0.5 + 2.45 * lines), layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax, image, row in zip(axs.flat, images.cpu(), wrong.itertuples(), strict=False):
         ax.imshow(image.permute(1, 2, 0), interpolation='nearest')

@@ -49,9 +49,10 @@ class Progress(ProgressCallback):
     name = 'progress'  # where fastai looks for it
 
     def before_fit(self):
-        if SHOW_PROGRESS: return super().before_fit()
-        if self.create_mbar: self.mbar = MasterBar(range(self.n_epoch), ProgressBar)
-        with self.learn.no_mbar(): super().before_fit()
+        silent = contextlib.nullcontext() if SHOW_PROGRESS else self.learn.no_mbar()
+        if self.create_mbar and not SHOW_PROGRESS: self.mbar = MasterBar(range(self.n_epoch), ProgressBar)
+        with silent: super().before_fit()
+        if self.create_mbar and self.first_epoch: self.mbar.update(0)  # its clock starts at epoch 0
 
     def _launch_pbar(self):
         if SHOW_PROGRESS: super()._launch_pbar()
@@ -204,7 +205,7 @@ class RobustLearner(Learner):
 
     @contextlib.contextmanager
     def step_aside(self):
-        """Context manager for predictions within a fit: keeps the state of the loop, the recorder and the metrics."""
+        """Context manager for predictions within a fit: keeps the state of loop, recorder, metrics and generators."""
         recorder = getattr(self, 'recorder', Recorder())  # `FetchPredsCallback` takes it away
         modes = {m: m.training for m in self.model.modules()}
         loop = 'dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad', 'iter', 'n_iter', 'training', 'during_batch', '_metrics'

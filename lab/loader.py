@@ -193,10 +193,11 @@ def keep_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> Data
 
 
 def list_augmentations(dls: DataLoaders) -> list[str]:
-    """The transforms of training images in words, as `PadCrop(pad=4)`."""
-    tfms = [*dls.train.after_item.fs, *dls.train.after_batch.fs]
-    def arguments(tfm): return ', '.join(f'{k}={v}' for k, v in getattr(tfm, '__stored_args__', {}).items())
-    return [f'{type(tfm).__name__}({arguments(tfm)})' for tfm in tfms if tfm.split_idx == 0]
+    """The transforms of training images in words, as `Cutout(size=8)`."""
+    def describe(tfm: Transform) -> str:
+        names = inspect.signature(type(tfm).__init__).parameters.keys() - inspect.signature(Transform).parameters.keys()
+        return f'{type(tfm).__name__}({", ".join(f"{k}={v}" for k, v in vars(tfm).items() if k in names and v)})'
+    return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs) if tfm.split_idx == 0]
 
 
 def fingerprint(dls: DataLoaders) -> str:

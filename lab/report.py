@@ -4,14 +4,17 @@ import re
 
 import pandas as pd
 
+from lab.finder import FINDERS, PEAK_SHARE, SMALL_BATCH
+
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
 
-FINDER = """
+FINDER = f"""
 ![Smoothed training loss against the learning rate](lr_find.png)
 
 *The finder raises the rate from batch to batch and records the loss. LRMIN is its `valley` suggestion, a rate in the
-middle of the longest descent, but at most a tenth of LRMAX. LRMAX is 0.4 times the middle of the rates whose loss is
-close to the least. With batches smaller than 32, this is the finder with the median LRMAX of seven.*
+middle of the longest descent, but at most a tenth of LRMAX. LRMAX is {PEAK_SHARE} times the middle of the rates whose
+loss is close to the least. With batches smaller than {SMALL_BATCH}, the finder with the median LRMAX of {FINDERS}
+counts.*
 """
 QUICK = """
 > **A quick look**: one image in ten, few epochs, small batches. It shows what a run writes; its numbers say nothing
@@ -48,13 +51,14 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
     schedule.csv, `classes` is classes.csv, `wrong` the number of misclassified images, `confused` the most frequent
     errors as `actual, predicted, images`.
     """
-    o, one, last = m['options'], history[0], history[-1]
+    o, recipe, one, last = m['options'], m['recipe'], history[0], history[-1]
     peak, per_epoch = max(schedule, key=lambda row: row['lr']), len(schedule) // m['epochs']
     start, top, end = format_rate(schedule[0]['lr']), format_rate(peak['lr']), format_rate(schedule[-1]['lr'])
-    finder, over, smoothing = not o['lr_min'], m['first_epoch_over_90'], o['label_smoothing']
-    augmentation = escape(', '.join(m['recipe']['augmentation'])) or 'none'
-    stage = escape(m['recipe']['last_stage']) + (
-        ': `exp` of the output gives the probabilities' if m['recipe']['last_stage'] == 'LogSoftmax' else '')
+    finder, over, smoothing = not o['lr_min'], m['first_epoch_over_90'], recipe['label_smoothing']
+    augmentation = escape(', '.join(recipe['augmentation'])) or 'none'
+    stage = escape(recipe['last_stage']) + (
+        ': `exp` of the output gives the probabilities' if recipe['last_stage'] == 'LogSoftmax' else '')
+    target = format_rate(o['lr_end'] or m['lr_min']) + ('' if o['lr_end'] else ', where it started: no annihilation')
     gap = 100 * (m['train_accuracy'] - m['test_accuracy'])
     errors = ', '.join(f'{escape(a)} → {escape(p)} ({k})' for a, p, k in confused.itertuples(index=False)) or 'none'
     by_recall = classes.sort_values('recall', kind='stable')
@@ -68,13 +72,13 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         ('first epoch over 90 % test accuracy', over or 'none', REFERENCE['first_epoch_over_90'])])
     assignment = table('| | required | done |\n|---|---|---|', [
         ('network', "the assignment's ResNet, 6,573,130 parameters",
-         f'{escape(m["recipe"]["network"])}, {m["parameters"]:,} parameters'),
+         f'{escape(recipe["network"])}, {m["parameters"]:,} parameters'),
         ('last stage', 'SoftMax', stage),
-        ('loss', 'cross-entropy', f'cross-entropy, in training with label smoothing {smoothing:g}'),
+        ('loss', 'cross-entropy', f'{escape(recipe["loss"])}, in training with label smoothing {smoothing:g}'),
         ('optimizer', 'Adam',
-         f'{escape(m["recipe"]["optimizer"])}, weight decay {o["wd"]:g} (not on batch norm and biases)'),
+         f'{escape(recipe["optimizer"])}, weight decay {recipe["wd"]:g} (not on batch norm and biases)'),
         ('weights tested and kept', 'not stated',
-         f'their exponential moving average, decay {o["ema"]:g} per step' if o['ema'] else 'those of the last step'),
+         f'their moving average, decay {recipe["ema"]:g} per step' if recipe['ema'] else 'those of the last step'),
         ('epochs', 24, m['epochs']),
         ('batch size', 512, m['batch_size']),
         ('LRMIN, LRMAX', 'by the LR finder', f'{format_rate(m["lr_min"])}, {format_rate(m["lr_max"])}, '
@@ -90,7 +94,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         for c, n, recall, precision in shown.itertuples(index=False)])
 
     title = 'Quick look' if o['quick'] else 'CIFAR-10 with fastai'
-    return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epochs
+    return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epoch{'s' * (m['epochs'] > 1)}
 {QUICK if o['quick'] else ''}
 After epoch {m['epochs']} the network classifies {percent(m['test_accuracy'], 2)} of {m['test_images']:,} test images
 correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 'not reached'}.
@@ -106,8 +110,7 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
-and falls to {end}{'' if o['lr_end'] else ', where it started: no annihilation'}.
-Momentum moves in the opposite direction.*
+and falls towards {target}. The last batch has {end}. Momentum moves in the opposite direction.*
 
 ## Training
 
@@ -117,7 +120,7 @@ Momentum moves in the opposite direction.*
 {last['train_loss']:.3f}, the test loss from {one['test_loss']:.3f} to {last['test_loss']:.3f}. At the end the training
 accuracy is {abs(gap):.1f} points {'above' if gap > 0 else 'below'} the test accuracy. Training figures are means
 over an epoch's batches as trained on: augmented, with the weights of that moment. Test figures are computed after the
-epoch{', with the averaged weights' if o['ema'] else ''}. The numbers are in [history.csv](history.csv).*
+epoch{', with the averaged weights' if recipe['ema'] else ''}. The numbers are in [history.csv](history.csv).*
 
 ## By class
 

@@ -48,12 +48,16 @@ def draw_training(learn: Learner):
 
 
 def describe_recipe(learn: Learner) -> dict:
-    """What the report says of the recipe: the optimizer, the loss and the transforms that `learn` really has."""
+    """What the report says of the recipe, read from what `learn` really has."""
     opt = learn.opt_func.func if isinstance(learn.opt_func, partial) else learn.opt_func
-    if opt is OptimWrapper or getattr(opt, '__name__', '') == 'TorchOptimizer': opt = type(learn.opt.opt)
+    if isinstance(learn.opt, OptimWrapper): opt = type(learn.opt.opt)
     model = get_model(learn.model)
     return dict(network=type(model).__name__, last_stage=type(last(model.modules())).__name__,
-                optimizer=getattr(opt, '__name__', type(opt).__name__), augmentation=list_augmentations(learn.dls))
+                loss=getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__),
+                label_smoothing=getattr(learn.loss_func, 'label_smoothing', 0.),
+                optimizer=getattr(opt, '__name__', type(opt).__name__), wd=learn.wd,
+                ema=learn.weight_average.decay if hasattr(learn, 'weight_average') else 0.,
+                augmentation=list_augmentations(learn.dls))
 
 
 def save_results(run: Run, learn: Learner):

@@ -163,7 +163,7 @@ def takes_options(options: type) -> Callable:
 
 def given_options(main: Callable, options: dict) -> set[str]:
     """The names of the options that the user gave to `main`, a default that was given included."""
-    if not is_cli(): return {*options}
+    if not is_cli(main): return {*options}  # another program may call it
     not_given = object()  # argparse puts no default where there is a value
     parsed = anno_parser(main).parse_args(namespace=argparse.Namespace(**dict.fromkeys(options, not_given)))
     return {name for name in options if getattr(parsed, name) is not not_given}

@@ -2,15 +2,17 @@ import ctypes
 import math
 import os
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import matplotlib
-import narrow  # noqa: F401  networks are narrow in all tests that do not ask for another width
 import numpy as np
 import pytest
+from fastai.vision.all import Callback, MixedPrecision
 from PIL import Image
 
-from data import get_dls
+from arch import ResNet
+from train_fastai import get_dls
 
 matplotlib.use('Agg')
 os.environ['MPLBACKEND'] = 'Agg'  # for the programs that tests start
@@ -32,22 +34,37 @@ def make_folder(path: Path, train: int = 8, test: int = 4, seed: int = 0) -> Pat
     return path
 
 
-def one_cycle(i: int, n: int, lr_min: float, lr_max: float, final_div: float = 1.) -> float:
+def one_cycle(i: int, n: int, lr_min: float, lr_max: float, lr_end: float | None = None) -> float:
     """The LR of batch `i` of `n` as the assignment words it, with cosine ramps."""
     t, peak = i / n, 5 / 24
     if t < peak: return lr_min + (lr_max - lr_min) * (1 - math.cos(math.pi * t / peak)) / 2
-    last = lr_min / final_div
+    last = lr_end or lr_min
     return last + (lr_max - last) * (1 + math.cos(math.pi * (t - peak) / (1 - peak))) / 2
 
 
 LR_MIN, LR_MAX = 1e-4, 1e-3
 
 
-def fit(learn, epochs: int = 2, final_div: float = 1., **kwargs):
-    """Trains as train_fastai.py does, between `LR_MIN` and `LR_MAX`; returns `learn`."""
-    div = LR_MAX / LR_MIN
-    learn.fit_one_cycle(epochs, LR_MAX, div=div, div_final=div * final_div, pct_start=5/24, **kwargs)
+def fit(learn, epochs: int = 2, lr_end: float = LR_MIN, **kwargs):
+    """Train as train_fastai.py does, from `LR_MIN` to `LR_MAX` to `lr_end`; returns `learn`."""
+    learn.fit_one_cycle(epochs, LR_MAX, div=LR_MAX / LR_MIN, div_final=LR_MAX / lr_end, pct_start=5/24, **kwargs)
     return learn
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _narrow():
+    """Networks have an eighth of their width in all tests that do not ask for another; see narrow.py for programs."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ResNet, '__init__', partialmethod(ResNet.__init__, width=8))
+        yield
+
+
+class Interrupt(Callback):
+    """Interrupts in the third training batch, between forward pass and loss."""
+    order = MixedPrecision.order - 1
+
+    def after_pred(self):
+        if self.training and self.train_iter == 2: raise KeyboardInterrupt
 
 
 class Malicious:
@@ -90,11 +107,27 @@ def cifar10() -> Path:
     return path
 
 
-def ends(capsys, code, call, *args, **options) -> str:
-    """The one line on stderr with which `call` ends the program, after its name."""
+def end(capsys, code, call, *args, **options) -> str:
+    """What `call`, which ends the program with the exit code `code`, writes to stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: call(*args, **options)
     err = capsys.readouterr().err
     assert e.value.code == code, err
-    assert err.count('\n') == 1
+    return err
+
+
+def ends(capsys, code, call, *args, **options) -> str:
+    """The one line on stderr with which `call` ends the program, after its name."""
+    err = end(capsys, code, call, *args, **options)
+    assert err.count('\n') == 1, err
     return err.partition('.py: ')[2]
+
+
+def ends_unforeseen(capsys, error, call, *args, **options) -> str:
+    """The last line on stderr with which an unforeseen `error` ends the program; its traceback precedes it."""
+    *traceback, line = end(capsys, 1, call, *args, **options).splitlines()
+    assert traceback[0] == 'Traceback (most recent call last):'
+    shown = f'{type(error).__name__}: {error}'
+    assert '\n'.join(traceback).endswith(f'\n{shown}')
+    assert line.startswith(f'train_fastai.py: error: {" ".join(shown.split())}')
+    return line.partition('.py: ')[2]

@@ -1,17 +1,18 @@
 """Runs train_fastai.py with a network of an eighth of the width, for tests of anything but the network."""
 import runpy
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import errors
+from lab import errors
 
 if __name__ == '__main__': errors.end_quietly_while_importing('train_fastai.py')
 
-import learner
+from arch import ResNet
 
-learner.get_learner.__defaults__ = (*learner.get_learner.__defaults__[:-1], 8)
+ResNet.__init__ = partialmethod(ResNet.__init__, width=8)
 
 if __name__ == '__main__': runpy.run_path(str(ROOT/'train_fastai.py'), run_name='__main__')

@@ -9,29 +9,26 @@ import signal
 import sys
 from pathlib import Path
 
-import narrow  # noqa: F401, the narrow network
+import narrow  # the narrow network
 import torch
+from fastai.vision.all import Pipeline
 from torch import nn
 
-import arch
-import data
-import learner
-import run
+from lab import learner, results
+from lab.loader import Augmentation
 
 seen, draws, learners = [], [], []
 
 
-def unchanged(_, x: torch.Tensor) -> torch.Tensor:
-    """In place of an augmentation."""
-    return x
+class Watch(Augmentation):
+    """In place of the augmentations: keeps the images, and a draw as an augmentation makes it."""
 
-
-def watched(_, x: torch.Tensor) -> torch.Tensor:
-    """In place of the first augmentation: keeps the images, and a draw as an augmentation makes it."""
-    seen.append(x.clone())
-    draws.append(torch.randint(2**40, ()).item())
-    if os.environ.get('DIES') == str(len(seen)) and os.environ.get('RANK') == '1': os.kill(os.getpid(), signal.SIGKILL)
-    return x
+    def augment(self, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.clone())
+        draws.append(torch.randint(2**40, ()).item())
+        if os.environ.get('DIES') == str(len(seen)) and os.environ.get('RANK') == '1':
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -43,15 +40,16 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return torch.stack([super().forward(x[0::2]), second], 1).flatten(0, 1)
 
 
-def get_learner(*args, **kwargs):
-    learners.append(original(*args, **kwargs))
-    return learners[0]
+class WatchedLearner(learner.RobustLearner):
+    def __init__(self, dls, *args, **kwargs):
+        super().__init__(dls, *args, **kwargs)
+        learners.append(self)
+        dls.train.after_item = Pipeline([Watch()], split_idx=0)
 
 
-original, learner.get_learner = learner.get_learner, get_learner
-data.PadCrop.augment, data.FlipLR.augment, data.Cutout.augment = watched, unchanged, unchanged
-run.save_figure = lambda *_: None
-if os.environ.get('GHOSTS'): arch.nn.BatchNorm2d = GhostBatchNorm2d
+learner.RobustLearner = WatchedLearner
+results.save_figure = lambda *_: None
+if os.environ.get('GHOSTS'): nn.BatchNorm2d = GhostBatchNorm2d
 
 if __name__ == '__main__':
     runpy.run_path(str(narrow.ROOT/'train_fastai.py'), run_name='__main__')

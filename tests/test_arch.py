@@ -6,8 +6,16 @@ from torch.nn import functional as F
 from arch import ResNet
 
 
+@pytest.fixture(scope='module', autouse=True)
+def whole_width():
+    """In this file the network has the width of the assignment by default, as outside of tests."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ResNet, '__init__', vars(ResNet)['__init__'].func)
+        yield
+
+
 @pytest.fixture(scope='module')
-def net():
+def net(whole_width):
     torch.manual_seed(0)
     return ResNet()
 

@@ -148,7 +148,7 @@ def test_no_training_step_waits_for_the_gpu(path, tmp_path):
 def test_a_recorded_step_is_that_of_the_plain_network(path, tmp_path, precision):
     runs = []
     for recorded in (True, False):
-        learn = get_learner(get_dls(path, bs=16), precision, path=tmp_path, width=64)
+        learn = get_learner(get_dls(path, bs=16), precision=precision, path=tmp_path, width=64)
         if not recorded: learn.remove_cb(learn.cuda_graph)
         learn.fit_one_cycle(2, 1e-3)
         assert 'forward' not in vars(learn.model)
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
 
 
 def test_to_fp16_takes_the_place_of_our_precision(path, tmp_path):
-    learn = get_learner(get_dls(path, bs=16), 'bf16', path=tmp_path).to_fp16()
+    learn = get_learner(get_dls(path, bs=16), precision='bf16', path=tmp_path).to_fp16()
     assert [type(cb) for cb in learn.cbs if isinstance(cb, MixedPrecision)] == [type(learn.precision)]
     losses = []
     class Spy(Callback):

@@ -121,7 +121,7 @@ def test_letters_that_no_font_has_are_a_single_line(tmp_path, capsys):
 
 
 def test_fastais_grids_are_not_blurred(tmp_path):
-    learn = get_learner(dls := get_dls(make_folder(tmp_path/'d'), bs=8), 'fp32', path=tmp_path)
+    learn = get_learner(dls := get_dls(make_folder(tmp_path/'d'), bs=8), precision='fp32', path=tmp_path)
     for fig in (figures.augmented(dls), figures.top_losses(learn, torch.rand(12))):
         images = [image for ax in fig.axes for image in ax.images]
         assert len(images) >= 8

@@ -197,7 +197,7 @@ def test_a_real_slice_is_learned_and_the_fast_step_follows_the_plain_one(cifar10
 
 def test_plain_fastai_from_here_on(folder, tmp_path):
     """What the README promises of a learner."""
-    learn = get_learner(get_dls(folder, bs=8), 'fp32', path=tmp_path)
+    learn = get_learner(get_dls(folder, bs=8), precision='fp32', path=tmp_path)
     learn.fit_one_cycle(1, 1e-3)
     file = learn.dls.valid_ds.items[0]
     name, index, probabilities = learn.predict(file)
