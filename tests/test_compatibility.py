@@ -1,13 +1,17 @@
 """The learner keeps the habits of a fastai learner: lines of public scripts and bug reports, each beside a stock one."""
-import copy
+import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import threading
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,36 +19,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fit, make_folder
-from fastai.callback.channelslast import ChannelsLast  # noqa: F401, gives `Learner` its to_channelslast
-from fastai.vision.all import (
-    Adam,
-    Callback,
-    ClassificationInterpretation,
-    DataLoaders,
-    EarlyStoppingCallback,
-    Lamb,
-    Learner,
-    MixedPrecision,
-    ParamScheduler,
-    ProgressCallback,
-    ReduceLROnPlateau,
-    SaveModelCallback,
-    SGD,
-    ShowGraphCallback,
-    accuracy,
-    load_learner,
-    noop,
-    ranger,
-    untar_data,
-)
+import matplotlib.pyplot as plt
+from fastai.callback.channelslast import *
+from fastai.callback.data import CollectDataCallback, PartialDL, WeightedDL
+from fastai.callback.preds import MCDropoutCallback
+from fastai.callback.rnn import ModelResetter, RNNRegularizer
+from fastai.callback.training import BnFreeze, ShortEpochCallback
+from fastai.vision.all import *
 from fastcore.basics import Path
 from PIL import Image
 from torch import nn
 
 from arch import ResNet
+from callbacks import History, SeedEpochs
 from lab import learner, loader
 from lab.errors import InputError
 from lab.evaluate import get_log_probs
+from lab.learner import fused_adam
 from lab.speed import SideBySideConv2d
 from predict import load_run
 from train_fastai import get_dls, get_learner
@@ -186,7 +177,7 @@ def test_other_tools_see_the_plain_network(dls, tmp_path, monkeypatch):
     assert not [o for o in operations if any(word in o for word in ('permute', 'transpose', 'pad', 'slice'))]
     assert sum(p.view(-1).numel() for p in model.parameters()) == 6_569_539, 'views work'
     thop = pytest.importorskip('thop')
-    macs, parameters = thop.profile(copy.deepcopy(model), (x[:1],), verbose=False)
+    macs, parameters = thop.profile(deepcopy(model), (x[:1],), verbose=False)
     assert parameters == 6_569_539
     assert 379e6 < macs < 381e6
 
@@ -335,7 +326,6 @@ def test_the_callers_random_generators_are_left_alone(dls, tmp_path, fails):
 # Loaders of another kind
 
 def test_a_weighted_loader(dls, folder, tmp_path):
-    from fastai.callback.data import WeightedDL
     train = WeightedDL(dls.train_ds, bs=8, wgts=[1] * 8 + [0] * 16, shuffle=True, after_item=dls.train.after_item,
                        after_batch=dls.train.after_batch, num_workers=0)
     weighted = DataLoaders(train, dls.valid, path=dls.path)
@@ -529,3 +519,264 @@ def test_nothing_special_is_done_on_mps(dls, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, 'AdamW', lambda params, **kwargs: kwargs)
     monkeypatch.setattr(learner, 'TorchOptimizer', lambda params, opt, **kwargs: kwargs)
     assert learner.fused_adam([fused], 1e-3)['fused'] is False
+
+
+# The table in docs/notes.md: every habit beside a stock learner
+
+def run_tensorboard(learn):
+    from fastai.callback.tensorboard import TensorBoardCallback, TensorBoardProjectorCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with tempfile.TemporaryDirectory() as log:
+        learn.fit(2, 1e-3, cbs=TensorBoardCallback(log))
+        events = EventAccumulator(log).Reload()
+    tags = ('train_loss', 'valid_loss', 'accuracy', 'lr_0', 'mom_0', 'wd_0')
+    return [e.value for tag in tags for e in events.Scalars(tag)], events.Tags()['images'], events.Tags()['graph']
+
+
+def run_projector(learn):
+    from fastai.callback.tensorboard import TensorBoardProjectorCallback
+    with tempfile.TemporaryDirectory() as log:
+        learn.get_preds(cbs=TensorBoardProjectorCallback(log, layer=learn.model.pool))
+        return (Path(log)/'00000/default/tensors.tsv').read_text().splitlines()[0].split()
+
+
+def run_csv(learn):
+    learn.fit(2, 1e-3, cbs=CSVLogger())
+    log = pd.read_csv(learn.path/'history.csv').drop(columns='time')
+    return log.to_numpy(), [*log.columns]
+
+
+def run_save_model(learn, **kwargs):
+    learn.fit(2, 1e-3, cbs=SaveModelCallback(monitor='valid_loss', **kwargs))
+    files = [f.stem for f in sorted((learn.path/'models').iterdir())]
+    return files, [learn.load(f, weights_only=False).get_preds()[0] for f in files]
+
+
+def run_hook(learn):
+    learn.fit(1, 1e-3, cbs=(stats := ActivationStats(with_hist=True)))
+    return np.array([list(o) for o in stats.layer_stats(0)])
+
+
+def run_collect(learn):
+    learn.fit(1, 1e-3, cbs=(collect := CollectDataCallback()))
+    return [[x[0], y[0], p, loss] for x, y, p, loss in collect.data]
+
+
+def run_graph(learn):
+    learn.fit(2, 1e-3, cbs=(graph := ShowGraphCallback()))
+    return graph.nb_batches
+
+
+def run_save_and_load(learn):
+    learn.fit(1, 1e-3)
+    learn.save('half', with_opt=True)
+    learn.fit(1, 1e-2)
+    learn.load('half', with_opt=True)
+    learn.fit(1, 1e-3)
+
+
+def run_export(learn):
+    learn.fit(1, 1e-3)
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return load_learner(learn.path/'export.pkl').predict(learn.dls.valid_ds.items[0])
+
+
+def run_copy(learn, copy_it):
+    learn.fit(1, 1e-3)
+    other = copy_it(learn)
+    other.fit(1, 1e-3)
+    return other.get_preds()
+
+
+def run_fp16(learn):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        learn.to_fp16().fit(1, 1e-3)
+    return sorted({str(w.message)[:60] for w in caught if 'CUDA' in str(w.message)})
+
+
+def run_bf16(learn):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        learn.to_bf16().fit(1, 1e-3)
+
+
+def run_nan(learn):
+    class Explode(Callback):
+        def after_loss(self): self.learn.loss = self.learn.loss_grad = self.loss_grad * math.inf
+    with learn.added_cbs(Explode()): learn.fit(1, 1e-3, cbs=TerminateOnNaNCallback())
+
+
+def run_bn_freeze(learn):
+    learn.train_bn = False
+    learn.freeze_to(1)
+    learn.fit(1, 1e-3, cbs=BnFreeze())
+    return [b.clone() for b in learn.model.prep[1].buffers()]
+
+
+def run_fetch(learn):
+    learn.fit(1, 1e-3, cbs=(fetch := FetchPredsCallback()))
+    return fetch.preds
+
+
+def run_summary(learn): return re.sub('(?s)Optimizer used.*', '', learn.summary())
+
+
+def run_interpretation(learn):
+    learn.fit(1, 1e-3)
+    interpretation = ClassificationInterpretation.from_learner(learn)
+    return interpretation.confusion_matrix(), *interpretation.top_losses(5)
+
+
+def run_table(learn):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): learn.fit(1, 1e-3)
+    return out.getvalue().splitlines()[0].split()
+
+
+def run_metrics(learn):
+    learn.metrics = [error_rate, F1Score(average='macro'), accuracy]
+    learn.fit(1, 1e-3)
+    return learn.validate()
+
+
+def with_loader(kind, **kwargs):
+    def do(learn):
+        train = learn.dls.train.new(cls=kind, num_workers=0, bs=4, **kwargs)
+        learn.dls = DataLoaders(train, learn.dls.valid, path=learn.dls.path, device=learn.dls.device)
+        learn.fit(2, 1e-3)
+    return do
+
+
+def fit_with(*cbs, epochs=2, lr=1e-3): return lambda learn: learn.fit(epochs, lr, cbs=[cb() for cb in cbs])
+
+
+def with_optimizer(opt_func):
+    def do(learn):
+        learn.opt_func = opt_func
+        learn.fit(2, 1e-3)
+    return do
+
+
+def grouped(do):
+    """`do` to a learner with three groups of layers."""
+    def of_groups(learn):
+        learn.splitter = lambda m: L(params(m.prep) + params(m.layer1), params(m.layer2) + params(m.layer3), params(m.fc))
+        return do(learn)
+    return of_groups
+
+
+BF16 = 'fastai trains in float32 on a CPU, with a warning; here it is bfloat16 there, too'
+NAN = 'fastai ends the fit in silence; here it raises `RunError`, with this callback or without'
+TABLE = 'epochs from 1, and the mean loss and the accuracy of training, which fastai does not show'
+AVERAGES = 'the averaged weights, which are those that were tested; stock: those of the last step'
+HABITS = {
+    'MixUp': fit_with(MixUp), 'CutMix': fit_with(CutMix),
+    'SaveModelCallback': run_save_model,
+    'SaveModelCallback(every_epoch, with_opt)': partial(run_save_model, every_epoch=True, with_opt=True),
+    'EarlyStoppingCallback': fit_with(partial(EarlyStoppingCallback, min_delta=100.), epochs=3),
+    'ReduceLROnPlateau': fit_with(partial(ReduceLROnPlateau, min_delta=100.), epochs=4),
+    'TerminateOnNaNCallback': (run_nan, NAN),
+    'GradientAccumulation': fit_with(partial(GradientAccumulation, n_acc=16)),
+    'GradientClip': fit_with(partial(GradientClip, 0.1)),
+    'ShortEpochCallback': fit_with(partial(ShortEpochCallback, 0.4)),
+    'BnFreeze': grouped(run_bn_freeze),
+    'ParamScheduler': lambda learn: learn.fit(2, cbs=ParamScheduler(dict(lr=SchedCos(1e-3, 1e-5), mom=SchedLin(.9, .8)))),
+    'CSVLogger': run_csv, 'ShowGraphCallback': run_graph, 'ProgressCallback, the printed table': (run_table, TABLE),
+    'ActivationStats': run_hook, 'CollectDataCallback': run_collect, 'FetchPredsCallback': run_fetch,
+    'MCDropoutCallback': lambda learn: learn.get_preds(cbs=MCDropoutCallback()),
+    'PartialDL': with_loader(PartialDL, partial_n=8), 'WeightedDL': with_loader(WeightedDL, wgts=[1] * 8 + [0] * 16),
+    'TensorBoardCallback': run_tensorboard, 'TensorBoardProjectorCallback': run_projector,
+    'ModelResetter, RNNRegularizer': fit_with(ModelResetter, RNNRegularizer),
+    'to_fp16, on a CPU': run_fp16, 'to_bf16, on a CPU': (run_bf16, BF16),
+    'to_non_native_fp16': lambda learn: learn.to_non_native_fp16().fit(1, 1e-3),
+    'to_channelslast, to_contiguous': lambda learn: (learn.to_channelslast(use_amp=False).fit(1), learn.to_contiguous()
+                                                     .fit(1)) and None,
+    'Adam': with_optimizer(Adam), 'SGD': with_optimizer(SGD), 'Lamb': with_optimizer(Lamb),
+    'Lookahead': with_optimizer(lambda p, **kw: Lookahead(SGD(p, **kw))), 'ranger': with_optimizer(ranger),
+    'OptimWrapper': with_optimizer(partial(OptimWrapper, opt=torch.optim.RMSprop)),
+    'fit': lambda learn: learn.fit(2, 1e-3, wd=0.3),
+    'fit(start_epoch)': lambda learn: learn.fit(3, 1e-3, start_epoch=1),
+    'fit_one_cycle': lambda learn: learn.fit_one_cycle(2, 1e-3),
+    'fit_flat_cos': lambda learn: learn.fit_flat_cos(2, 1e-3), 'fit_sgdr': lambda learn: learn.fit_sgdr(2, 1, 1e-3),
+    'fine_tune': grouped(lambda learn: learn.fine_tune(1, 1e-3)),
+    'freeze, unfreeze': grouped(lambda learn: (learn.freeze(), learn.fit(1, 1e-3), learn.unfreeze(), learn.fit(1, 1e-3))
+                                and None),
+    'slice of rates': grouped(lambda learn: learn.fit(2, slice(1e-5, 1e-3))),
+    'lr_find': lambda learn: (learn.lr_find(num_it=30, show_plot=False)[0], learn.recorder.lrs,
+                              [float(o) for o in learn.recorder.losses]),
+    'metrics': run_metrics,
+    'loss_func': lambda learn: (setattr(learn, 'loss_func', FocalLossFlat()), learn.fit(1, 1e-3)) and None,
+    'validate': lambda learn: (learn.fit(1, 1e-3), learn.validate())[1],
+    'get_preds': lambda learn: (learn.fit(1, 1e-3), learn.get_preds(with_input=True, with_loss=True, with_decoded=True))[1],
+    'predict': lambda learn: learn.predict(learn.dls.valid_ds.items[0], with_input=True),
+    'tta': lambda learn: learn.tta(n=2),
+    'show_results': lambda learn: len((learn.show_results(max_n=4), plt.gcf().axes)[1]),
+    'recorder.plot_loss': lambda learn: (learn.fit(2, 1e-3), [o.get_ydata() for o in learn.recorder.plot_loss(0).lines])[1],
+    'ClassificationInterpretation': run_interpretation,
+    'summary': run_summary,
+    'save, load with the optimizer': run_save_and_load,
+    'export, load_learner': run_export,
+    'deepcopy': partial(run_copy, copy_it=deepcopy),
+    'pickle': partial(run_copy, copy_it=lambda learn: pickle.loads(pickle.dumps(learn))),
+    'clone': lambda learn: learn.clone(),
+    'no_bar': lambda learn: [(type(o.progress).__name__, o.fit(1)) for o in [learn.no_bar().__enter__()] if 0],
+}
+
+
+def close(one, other) -> bool:
+    """Whether two results are equal, numbers to a hundredth: Adam's first steps magnify roundings."""
+    if isinstance(one, dict | list | tuple | L) and type(one) is type(other) and len(one) == len(other):
+        if isinstance(one, dict): return one.keys() == other.keys() and all(close(one[k], other[k]) for k in one)
+        return all(map(close, one, other))
+    if isinstance(one, Tensor | np.ndarray | float | int) and isinstance(other, Tensor | np.ndarray | float | int):
+        one, other = (np.asarray(o, dtype=float) for o in (one, other))
+        return one.shape == other.shape and np.allclose(one, other, rtol=1e-2, atol=1e-3, equal_nan=True)
+    return type(one) is type(other) and one == other
+
+
+def moved_alike(one, other, start) -> bool:
+    """Whether two networks went the same way from `start`, to the twentieth part of it."""
+    steps = [torch.cat([(o[k] - start[k]).flatten().float() for k in start]) for o in (one, other)]
+    return bool((steps[0] - steps[1]).norm() <= 0.05 * steps[1].norm())
+
+
+def try_habit(do, learn):
+    """What `do(learn)` returns, or its error, and what the recorder holds afterwards."""
+    set_seed(0)
+    with contextlib.redirect_stdout(None):
+        try: result = do(learn)
+        except Exception as e: result = f'{type(e).__name__}: {e}'
+    plt.close('all')
+    return result, [[*o] for o in getattr(learn.recorder, 'values', [])]
+
+
+def find_habits(folder, path) -> list[str]:
+    """The rows of the table, as found."""
+    rows = []
+    for i, (name, do) in enumerate(HABITS.items()):
+        do, why = do if isinstance(do, tuple) else (do, '')
+        for kind in ('ours', 'stock'): (path/f'{i}-{kind}').mkdir()
+        dls = get_dls(folder, bs=8, device=torch.device('cpu'))
+        ours = get_learner(dls, opt_func=partial(fused_adam), wd=0.01, label_smoothing=0, ema=0, precision='fp32',
+                           path=path/f'{i}-ours')
+        stock = Learner(get_dls(folder, bs=8, device=torch.device('cpu')), deepcopy(ours.model), loss_func=CrossEntropyLossFlat(), wd=0.01, metrics=accuracy,
+                        opt_func=partial(Adam, eps=1e-5, sqr_mom=0.99), cbs=[SeedEpochs(42), History()],
+                        path=path/f'{i}-stock')
+        start = weights(ours)
+        found, expected = try_habit(do, ours), try_habit(do, stock)
+        alike = close(found, expected) and moved_alike(weights(ours), weights(stock), start)
+        failed = [o[0].partition(':')[0] if 'Error: ' in str(o[0]) else None for o in (found, expected)]
+        verdict = 'fails in both' if failed[0] and failed == failed[::-1] else 'same' if alike else 'different'
+        if (verdict == 'same') == bool(why): print('???', name, verdict, found, expected)
+        rows.append(f'| `{name}` | {verdict} | {why} |')
+    return rows
+
+
+def test_the_table_of_habits(folder, tmp_path):
+    found = find_habits(folder, tmp_path)
+    print('\n'.join(found))
+    published = (ROOT/'docs/notes.md').read_text()
+    assert '\n'.join(found) in published
