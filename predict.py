@@ -35,9 +35,9 @@ OPSET = 20  # the version of ONNX's operators
 def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module | None = None) -> Learner:
     """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
 
-    Without `data` it reads no images, which is enough to predict; with the folder of the run's images it also
-    validates, shows results and trains on (else that raises `InputError`). A run of another network than `ResNet` needs that as `model`. Raises
-    `InputError`.
+    Without `data` it reads no images, which is enough to predict; what needs the run's images, to validate, show
+    results or train on, raises `InputError`. With the folder of those images it does all of it. A run of another
+    network than `ResNet` needs that as `model`. Raises `InputError`.
     """
     run = Path(run)
     if not os.path.exists(run/'model.pth'):
@@ -183,9 +183,9 @@ class WholeNetwork(nn.Module):
 def export_network(learn: Learner, file: Path):
     """Write the network of `learn` to `file`, whose suffix, one of `EXPORTS`, says in which format.
 
-    ONNX and PyTorch's .pt2 hold a `WholeNetwork`, for any N, and the class names: a JSON list in the model's metadata
-    `classes`, or in the archive's `classes.json`. Safetensors hold the plain weights, and `classes`, `mean` and `std` as
-    metadata, each a JSON list. Raises `InputError` and `WriteError`.
+    ONNX and PyTorch's .pt2 hold a `WholeNetwork`, for any N, and the class names, a JSON list: as the metadata
+    `classes`, or as `classes.json` in the archive. Safetensors hold the plain weights, with `classes`, `mean` and `std`
+    as metadata, JSON lists. Raises `InputError` and `WriteError`.
     """
     if file.suffix not in EXPORTS: raise InputError(f'--export {file} does not end in {", ".join(EXPORTS)}')
     try: library = importlib.import_module(EXPORTS[file.suffix])

@@ -20,7 +20,7 @@ SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (
 class Precision(MixedPrecision):
     """fastai's mixed precision, with 'bf16' on a CPU, too, where fastai's own would train in float32.
 
-    Elsewhere it does what fastai's does: on anything but CUDA that is to warn, and to train in float32. `after_loss` is skipped by an error in a forward pass, so the autocast is also left with the learner's
+    `after_loss` is skipped by an error in a forward pass, so the autocast is also left with the learner's
     `during_batch`: if it stayed entered, its cache of cast weights would be what later learners train on.
     """
     name = 'mixed_precision'  # where fastai looks for it

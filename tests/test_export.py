@@ -1,5 +1,4 @@
 """What `predict.py RUN --export FILE` writes is used here by the libraries that it is written for."""
-import io
 import json
 import sys
 
@@ -70,13 +69,13 @@ def test_pt2(run, learn, tmp_path):
 
 
 def test_safetensors(run, learn, tmp_path):
-    safetensors = pytest.importorskip('safetensors')
-    import safetensors.torch
+    load_file = pytest.importorskip('safetensors.torch').load_file
+    from safetensors import safe_open
     file = tmp_path/'net.safetensors'
     main(str(run), export=str(file))
     net = ResNet(3, 3)
-    net.load_state_dict(safetensors.torch.load_file(file))
-    with safetensors.safe_open(file, 'pt') as f: found = {k: json.loads(v) for k, v in f.metadata().items()}
+    net.load_state_dict(load_file(file))
+    with safe_open(file, 'pt') as f: found = {k: json.loads(v) for k, v in f.metadata().items()}
     assert found == dict(classes=CLASSES, mean=[0.491, 0.482, 0.447], std=[0.247, 0.243, 0.261])
     mean, std = (torch.tensor(found[k])[:, None, None] for k in ('mean', 'std'))
     with torch.no_grad(): probabilities = net.eval()((some_images(3) - mean) / std).exp()
