@@ -1,11 +1,12 @@
 """What `predict.py RUN --export FILE` writes is used here by the libraries that it is written for."""
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ends, make_folder
+from conftest import ROOT, ends, make_folder
 from PIL import Image
 from torch import nn
 
@@ -19,7 +20,7 @@ CLASSES = ['blue', 'green', 'red']
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('run')
-    train(data=make_folder(tmp/'data'), out=tmp/'run', epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3)
+    train(data=make_folder(tmp/'data', train=16), out=tmp/'run', epochs=6, bs=8, lr_min=1e-4, lr_max=1e-2)
     return tmp/'run'
 
 
@@ -125,3 +126,34 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch, capsys)
         assert f'{name} needs the package {package}: pip install {package}' in export(name)
     assert list(tmp_path.iterdir()) == []
     assert 'No such file' in ends(capsys, 1, main, str(run), export=str(tmp_path/'none/net.pt2'))
+
+
+PAGE = re.findall(r'```python\n(.*?)```', (ROOT/'docs/elsewhere.md').read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope='module')
+def place(run, onnx_file, tmp_path_factory):
+    """A folder with the files that the page names."""
+    folder = tmp_path_factory.mktemp('page')
+    (folder/'runs').mkdir()
+    for name, target in (('runs/X', run), ('data', run.parent/'data'), ('net.onnx', onnx_file),
+                         ('cat.png', run.parent/'data/test/red/1.png')): (folder/name).symlink_to(target)
+    for suffix in ('pt2', 'safetensors'): main(str(run), export=str(folder/f'net.{suffix}'))
+    return folder
+
+
+@pytest.mark.parametrize(('library', 'says'), [
+    ('onnxruntime', 'red|green|blue'), ('torch.export', r"(?:'(?:red|green|blue)'.*){7}"), ('safetensors', ''),
+    ('cleanlab', r'(?s)blue +\S+ +\S+ +\S+ +4.*\[.*\]')])
+def test_the_code_of_the_page_runs(place, monkeypatch, capsys, library, says):
+    pytest.importorskip(library)
+    code, = (o for o in PAGE if library in o)
+    monkeypatch.chdir(place)
+    made = {}
+    exec(code, made)
+    assert re.search(says, capsys.readouterr().out)
+    assert np.asarray(made['probabilities']).sum(1) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_code_of_the_page_is_known():
+    assert len(PAGE) == 5, 'the fifth, a server, is tried by tests/serve.py'
