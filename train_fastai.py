@@ -80,7 +80,7 @@ class Cutout(Augmentation):
         x = x.clone()
         holes = windows(x, self.size, self.size)
         top, left = self.draw(holes.shape[1], x), self.draw(holes.shape[2], x)
-        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).to(x.device, non_blocking=True)
+        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).to(x.device, non_blocking=x.is_cuda)
         holes[torch.arange(len(x), device=x.device), top, left] = colour[:, None, None]
         return x
 

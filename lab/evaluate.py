@@ -2,7 +2,7 @@
 from fastai.vision.all import *
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from lab.speed import autocast_for
+from lab.speed import autocast_for, in_fast_layout
 
 PREDICT_BS = 512
 
@@ -17,8 +17,9 @@ def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     learn.model.eval()
     with torch.no_grad(), autocast_for(getattr(learn, 'mixed_precision', None), device):
         for batch in images.split(PREDICT_BS):
-            x, = learn.dls.valid.after_batch((TensorImage(batch.to(device)),))
-            answers.append(F.log_softmax(learn.model(x.as_subclass(Tensor)), 1, dtype=torch.float32).cpu())
+            x, = learn.dls.valid.after_batch((TensorImage(batch.to(device).contiguous()),))
+            x = in_fast_layout(learn, x.as_subclass(Tensor))
+            answers.append(F.log_softmax(learn.model(x), 1, dtype=torch.float32).cpu())
     return torch.cat(answers)
 
 

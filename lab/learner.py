@@ -8,7 +8,7 @@ from fastprogress.fastprogress import MasterBar, ProgressBar
 
 from lab.loader import SHOW_PROGRESS
 from lab.processes import RANK, RANKS, let_rank_0_report, lost_a_process
-from lab.speed import CUDAGraph, Precision, keep_random_state, match_layout, train_fast
+from lab.speed import CUDAGraph, Precision, in_fast_layout, keep_random_state, match_layout, train_fast
 
 FIRST, AFTER_RECORDER, LAST = -20, Recorder.order + 1, Recorder.order + 2  # orders of callbacks
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -191,6 +191,10 @@ class RobustLearner(Learner):
 
     def one_batch(self, *args, **kwargs):
         with contextlib.ExitStack() as self.during_batch: super().one_batch(*args, **kwargs)
+
+    def _do_one_batch(self):
+        if not self.fitting: self.xb = tuple(in_fast_layout(self, x) for x in self.xb)  # its weights are contiguous
+        super()._do_one_batch()
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
         """As fastai's, but metrics are summed up on the GPU, for which every batch would wait, and a process that was
