@@ -23,6 +23,7 @@ from fastai.vision.all import *
 from arch import ResNet
 from lab.errors import InputError, one_line_errors
 from lab.evaluate import count_confusions, get_log_probs, list_confusions, score_classes
+from lab.learner import replaced
 from lab.loader import SIZE, BatchDL, FitSize, RGBImage, check_access, check_names, fingerprint
 from lab.report import percent
 from lab.runs import load_state, write_whole
@@ -208,11 +209,6 @@ def export_network(learn: Learner, file: Path):
     write_whole(file, content.getvalue())
 
 
-# argparse by itself wants all options before, or behind, everything else.
-if __name__ == '__main__': argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_intermixed_args
-
-
-@call_parse
 @one_line_errors('predict.py')
 def main(
     run: str,  # folder of a finished run
@@ -224,7 +220,9 @@ def main(
     learn = load_run(run)
     if export:
         export_network(learn, Path(export))
-        if not images: return
+        if not images:
+            print(f'The network is in {export}')
+            return
     vocab = list(learn.dls.vocab)
     files, targets = find_images(images, vocab)
     pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])
@@ -235,3 +233,8 @@ def main(
         table.to_csv(sys.stdout, index=False)
     elif targets: print(evaluate(log_probs, get_log_probs(learn, pixels.flip(-1)), tensor(targets), vocab))
     else: print(align(table))
+
+
+if __name__ == '__main__':  # argparse by itself wants all options before, or behind, everything else
+    parser = argparse.ArgumentParser
+    with replaced(parser, 'parse_args', parser.parse_intermixed_args): call_parse(main)

@@ -1,6 +1,8 @@
 """What `predict.py RUN --export FILE` writes is used here by the libraries that it is written for."""
+import argparse
 import json
 import re
+import runpy
 import sys
 
 import numpy as np
@@ -103,18 +105,17 @@ def test_a_network_that_ends_in_logits(learn, tmp_path):
 
 
 def test_options_stand_anywhere(run, tmp_path, monkeypatch, capsys):
-    import runpy
-    image = str(run.parent/'data/test/red/1.png')
+    parse_args, image = argparse.ArgumentParser.parse_args, str(run.parent/'data/test/red/1.png')
     seen = []
     for order in (['--csv', '--export', 'F', str(run), image], [str(run), '--export', 'F', image, '--csv'],
                   [str(run), '--csv', image, '--export', 'F']):
         file = tmp_path/f'{len(seen)}.safetensors'
         monkeypatch.setattr(sys, 'argv', ['predict.py', *(str(file) if o == 'F' else o for o in order)])
-        monkeypatch.setattr('argparse.ArgumentParser.parse_args', __import__('argparse').ArgumentParser.parse_args)
-        runpy.run_path('predict.py', run_name='__main__')
+        runpy.run_path(str(ROOT/'predict.py'), run_name='__main__')
         assert file.exists()
         seen.append(capsys.readouterr().out)
     assert len({*seen}) == 1
+    assert argparse.ArgumentParser.parse_args is parse_args, 'a session that uses %run keeps its own'
     assert seen[0].startswith('file,class,probability')
 
 
