@@ -62,9 +62,9 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
                          'network') from e
     if data is None: dls = get_empty_dls(classes)
     else:
-        every = 10 if quick and o['data'] else 1  # the sample is a tenth already
+        every = 10 if quick and o.get('data') else 1  # the sample is a tenth already
         dls = get_dls(get_data(data), bs=bs, every=every)
-        if fingerprint(dls, names=False) != images:
+        if 'recipe' in m and fingerprint(dls, names=False) != images:  # earlier versions had another digest
             raise InputError(f'{data} holds other images than {run} was trained on')
     exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
     return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run)
