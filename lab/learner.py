@@ -131,7 +131,10 @@ class WrittenThrough(dict):
 
 
 def fused_adam(params: list, lr: float, mom: float = 0.95, sqr_mom: float = 0.99, eps: float = 1e-5, wd: float = 0.01):
-    """fastai's `Adam` as torch's fused AdamW: the same steps, to rounding, in a fraction of the time."""
+    """fastai's `Adam` as torch's fused AdamW: the same steps, to rounding, in a fraction of the time.
+
+    `mom` is what one-cycle starts from, so that the finder has it, too; fastai's own default is 0.9.
+    """
     device = L(params).concat()[0].device if isinstance(params[0], list | L) else params[0].device
     return TorchOptimizer(params, torch.optim.AdamW, lr=lr, betas=(mom, sqr_mom), eps=eps, weight_decay=wd,
                           fused=device.type in ('cpu', 'cuda'), foreach=False)  # None would break TensorBoardCallback
