@@ -173,8 +173,9 @@ class RobustLearner(Learner):
         self.fitting = True
         try:
             with train_fast(self): super().fit(*args, **kwargs)
-        finally: error, self.error, self.fitting, self.first_epoch = self.error, None, False, 0
-        if error: raise error
+            if self.error: raise self.error
+        except Exception as e: raise self.error or e  # what comes of it in another callback's after_fit counts less
+        finally: self.error, self.fitting, self.first_epoch = None, False, 0
 
     def _do_fit(self):
         try:

@@ -311,3 +311,12 @@ def test_a_network_that_ends_in_logits_has_the_same_errors(dls, tmp_path):
     pd.testing.assert_frame_equal(ours[names], theirs[names])
     for name in ('probability', 'loss'): assert theirs[name].tolist() == pytest.approx(ours[name].tolist(), abs=1e-5)
     assert theirs.probability.between(1 / 3, 1).all()
+
+
+def test_a_nan_before_the_first_best_epoch_is_reported_whatever_another_callback_makes_of_it(dls, tmp_path):
+    class Spoil(Callback):
+        def before_batch(self): self.learn.xb = (self.xb[0] * float('nan'),)
+    learn = get_learner(dls, precision='fp32', path=tmp_path)
+    with pytest.raises(RunError, match='not finite at batch 1 of 3 of epoch 1'):  # not that there is no file to load
+        fit(learn, cbs=[SaveModelCallback(), Spoil()])
+    assert not learn.fitting
