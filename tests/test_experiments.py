@@ -16,10 +16,9 @@ from fastai.callback.core import Callback
 from filelock import FileLock
 from PIL import Image
 
-import lab.results
 import train_fastai
 from experiments import gpu, page, repeat
-from lab.runs import load_state
+from lab.runs import Run, load_state
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, PadCrop, find_lrs, get_dls, get_learner
 
 AVERAGES = 0.99, 0.995, 0.998
@@ -30,7 +29,7 @@ def options(tmp_path) -> dict: return dict(data=make_folder(tmp_path/'d', train=
 
 
 @pytest.fixture
-def no_figures(monkeypatch): monkeypatch.setattr(lab.results, 'save_figure', lambda *_: None)
+def no_figures(monkeypatch): monkeypatch.setattr(Run, 'save_figure', lambda *_: None)
 
 
 @pytest.mark.parametrize(('table', 'images'), [('ingredients', (54, 6)), ('schedule', (60, 12))])
