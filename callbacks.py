@@ -68,6 +68,7 @@ class History(TrainingCallback):
         if log[0] == 'epoch':
             return ['epoch', 'train_loss', 'train_accuracy', 'test_loss', *(
                 'test_accuracy' if name == 'accuracy' else name for name in log[3:])]
+        if len(log) < len(self.recorder.metric_names): return [log[0] + 1, *log[1:]]  # it was skipped or cut short
         return [*[self.rows[-1][c] for c in self.columns[:3]], *log[2:]]
 
     def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}

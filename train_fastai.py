@@ -79,7 +79,7 @@ class Cutout(Augmentation):
         x = x.clone()
         holes = windows(x, self.size, self.size)
         top, left = self.draw(holes.shape[1], x), self.draw(holes.shape[2], x)
-        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).to(x.device, non_blocking=True)
+        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).to(x.device, non_blocking=x.is_cuda)
         holes[torch.arange(len(x), device=x.device), top, left] = colour[:, None, None]
         return x
 
@@ -121,7 +121,8 @@ def get_learner(dls: DataLoaders, model: nn.Module | None = None, opt_func: Call
     last step's weights. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights of the
     default network and all randomness of every epoch: on a CPU the same seed gives the same run. Raises `InputError`.
     """
-    device = getattr(dls, 'device', None) or default_device()
+    own = default_device() if model is None else next(model.parameters()).device
+    device = getattr(dls, 'device', default_device()) or own  # loaders of another kind may have none
     precision = resolve_precision(precision, device)
     with keep_random_state(device):
         set_seed(seed)

@@ -2,6 +2,8 @@
 from fastai.vision.all import *
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from lab.speed import autocast_for, in_fast_layout
+
 PREDICT_BS = 512
 
 
@@ -12,13 +14,12 @@ def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     log-probabilities give the same: log-softmax leaves the latter as they are.
     """
     device, answers = next(learn.model.parameters()).device, []
-    precision = getattr(learn, 'mixed_precision', None)
-    dtype = torch.bfloat16 if precision is None or precision.amp_mode == AMPMode.BF16 else torch.float16
     learn.model.eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=precision is not None):
+    with torch.no_grad(), autocast_for(getattr(learn, 'mixed_precision', None), device):
         for batch in images.split(PREDICT_BS):
-            x, = learn.dls.valid.after_batch((TensorImage(batch.to(device)),))
-            answers.append(F.log_softmax(learn.model(x.as_subclass(Tensor)), 1, dtype=torch.float32).cpu())
+            x, = learn.dls.valid.after_batch((TensorImage(batch.to(device).contiguous()),))
+            x = in_fast_layout(learn, x.as_subclass(Tensor))
+            answers.append(F.log_softmax(learn.model(x), 1, dtype=torch.float32).cpu())
     return torch.cat(answers)
 
 

@@ -8,7 +8,7 @@ from fastprogress.fastprogress import MasterBar, ProgressBar
 
 from lab.loader import SHOW_PROGRESS
 from lab.processes import RANK, RANKS, let_rank_0_report, lost_a_process
-from lab.speed import CUDAGraph, Precision, keep_random_state, match_layout, train_fast
+from lab.speed import CUDAGraph, Precision, in_fast_layout, keep_random_state, match_layout, train_fast
 
 FIRST, AFTER_RECORDER, LAST = -20, Recorder.order + 1, Recorder.order + 2  # orders of callbacks
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -108,6 +108,11 @@ class TorchOptimizer(OptimWrapper):
         for (of_list, decays), pg in zip(self.groups, self.opt.param_groups, strict=True):
             if of_list == i and (decays or k != 'wd'): set_item_pg(pg, self.bwd_map[k], v)
 
+    def state_dict(self) -> dict:
+        """As torch's; the tensors are contiguous, also within a fit."""
+        state = self.opt.state_dict()
+        return state | dict(state=apply(lambda o: o.contiguous() if isinstance(o, Tensor) else o, state['state']))
+
     def load_state_dict(self, state: dict):
         self.opt.load_state_dict(state)
         match_layout(self)
@@ -187,6 +192,10 @@ class RobustLearner(Learner):
     def one_batch(self, *args, **kwargs):
         with contextlib.ExitStack() as self.during_batch: super().one_batch(*args, **kwargs)
 
+    def _do_one_batch(self):
+        if not self.fitting: self.xb = tuple(in_fast_layout(self, x) for x in self.xb)  # its weights are contiguous
+        super()._do_one_batch()
+
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
         """As fastai's, but metrics are summed up on the GPU, for which every batch would wait, and a process that was
         not launched gathers from no others, whatever WORLD_SIZE says."""
@@ -202,6 +211,7 @@ class RobustLearner(Learner):
     def step_aside(self):
         """Context manager for predictions within a fit: keeps the state of loop, recorder, metrics and generators."""
         recorder = getattr(self, 'recorder', Recorder())  # `FetchPredsCallback` takes it away
+        modes = {m: m.training for m in self.model.modules()}
         loop = 'dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad', 'iter', 'n_iter', 'training', 'during_batch', '_metrics'
         kept = [(vars(o), {k: vars(o)[k] for k in names if k in vars(o)})
                 for o, names in ((self, loop), (recorder, ('loss', 'log')))]
@@ -212,7 +222,7 @@ class RobustLearner(Learner):
         finally:
             self.aside, self.aside_record = self.aside - 1, recorder.log
             for variables, values in kept: variables.update(values)
-            self.model.train(self.training)
+            for m, mode in modes.items(): m.training = mode
 
     def validate(self, *args, **kwargs):
         result = super().validate(*args, **kwargs)

@@ -157,7 +157,8 @@ class BatchDL(TfmdDL):
             return
         for idxs in self.chunkify(samps):
             idxs = torch.tensor(idxs[self.share]).to(images.device, non_blocking=images.is_cuda)  # no step waits
-            yield self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
+            x, y = self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
+            yield x.contiguous(), y
 
 
 def decode_images(files: Sequence[Path]) -> Tensor:
@@ -184,11 +185,12 @@ def decode_images(files: Sequence[Path]) -> Tensor:
 
 
 def keep_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> DataLoaders:
-    """Put the decoded `images` of `files`, and their labels, on the data sets of `dls`, in its device's memory."""
-    place = {file: i for i, file in enumerate(files)}
+    """Put the decoded `images` of `files`, and their labels, on the data sets of `dls`, in a CUDA GPU's memory or the
+    CPU's, so that on any other device batches arrive as with fastai."""
+    place, device = {file: i for i, file in enumerate(files)}, dls.device if dls.device.type == 'cuda' else 'cpu'
     for ds in (dls.train_ds, dls.valid_ds):
-        ds.images = images[[place[f] for f in ds.items]].to(dls.device)
-        ds.labels = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items]).to(dls.device)
+        ds.images = images[[place[f] for f in ds.items]].to(device)
+        ds.labels = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items]).to(device)
     return dls
 
 

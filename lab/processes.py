@@ -19,10 +19,18 @@ TIMEOUT = timedelta(minutes=30)  # for a process that is late: on a CPU the find
 
 
 @contextlib.contextmanager
+def ignore_other_launch():
+    """Context manager that hides what another launch left in the environment, where fastai looks for processes."""
+    hidden = {k: os.environ.pop(k) for k in ('RANK', 'WORLD_SIZE') if RANKS == 1 and k in os.environ}
+    try: yield
+    finally: os.environ.update(hidden)
+
+
+@contextlib.contextmanager
 def join_processes():
     """Context manager that connects the run's processes; only rank 0 prints."""
     if RANKS == 1:
-        yield
+        with ignore_other_launch(): yield
         return
     from accelerate import Accelerator, InitProcessGroupKwargs
     from fastai.torch_core import default_device

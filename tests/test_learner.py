@@ -16,6 +16,7 @@ from fastai.vision.all import (
     Lamb,
     Learner,
     MixedPrecision,
+    OptimWrapper,
     ProgressCallback,
     ReduceLROnPlateau,
     SaveModelCallback,
@@ -27,7 +28,7 @@ from fastai.vision.all import (
 
 from arch import ResNet
 from callbacks import History, SeedEpochs
-from lab.learner import CrossEntropy, Progress, TorchOptimizer
+from lab.learner import CrossEntropy, Progress, TorchOptimizer, fused_adam
 from train_fastai import get_learner
 
 
@@ -239,6 +240,22 @@ def test_what_is_saved_with_its_optimizer_and_loaded_trains_on_as_if_it_had_not_
         learn.fit(1, 1e-3)
         ends.append({k: v.clone() for k, v in learn.model.state_dict().items()})
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+@pytest.mark.parametrize(('event', 'opt_func'), [
+    ('before_fit', partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)), ('before_train', fused_adam)])
+def test_what_a_callback_loads_in_a_fit_is_paired_with_its_weights(dls, tmp_path, event, opt_func):
+    """A saved optimizer is contiguous, the weights in a fit are not."""
+    learners = [get_learner(dls, opt_func=opt_func, precision='fp32', ema=0, path=tmp_path) for _ in range(3)]
+    learners[0].fit(1, 1e-3)
+    learners[0].save('half', with_opt=True)
+    learners[1].load('half', with_opt=True)
+    learners[1].fit(1, 1e-3)
+    class FromFile(Callback): pass
+    setattr(FromFile, event, lambda self: self.learn.load('half', with_opt=True))
+    learners[2].fit(1, 1e-3, cbs=FromFile())
+    expected, found = (learn.model.state_dict() for learn in learners[1:])
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
 def test_weights_and_moments_are_contiguous_outside_of_a_fit_and_in_what_is_saved_during_one(dls, tmp_path):

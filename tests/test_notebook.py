@@ -9,7 +9,7 @@ def test_it_runs_from_top_to_bottom_on_a_small_folder_and_shows_its_figures(fold
     monkeypatch.delenv('MPLBACKEND')  # the kernel has one of its own
     for file in (*ROOT.glob('*.py'), ROOT/'lab'): (tmp_path/file.name).symlink_to(file)
     nb = nbformat.read(NOTEBOOK, as_version=4)
-    settings, = (cell for cell in nb.cells if 'parameters' in cell.metadata.get('tags', []))  # as papermill looks for it
+    settings, = (cell for cell in nb.cells if 'parameters' in cell.metadata.get('tags', []))  # papermill's
     narrow = ('from functools import partialmethod; from arch import ResNet\n'
               'ResNet.__init__ = partialmethod(ResNet.__init__, width=8)')
     nb.cells[2].source = nb.cells[2].source.replace('from lab import figures', f'{narrow}\nfrom lab import figures')
@@ -24,7 +24,7 @@ def test_it_runs_from_top_to_bottom_on_a_small_folder_and_shows_its_figures(fold
     NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
     shown = [[o for o in cell.outputs if o.output_type != 'stream' and 'image/png' in o.data]
              for cell in nb.cells if cell.cell_type == 'code']
-    assert [len(images) for images in shown] == [0, 0, 1, 1, 0, 2, 1, 2, 0, 0]  # batch, finder, two curves, errors, losses
+    assert [len(images) for images in shown] == [0, 0, 1, 1, 0, 2, 1, 2, 0, 0]  # batch, LRs, curves, errors
     printed = '\n'.join(o.text for cell in nb.cells for o in cell.get('outputs', []) if o.output_type == 'stream')
     for part in ('103,499 parameters', 'LRMIN', 'LRMAX', 'run finished', 'test/red/0.png'): assert part in printed
 
