@@ -283,7 +283,7 @@ def test_the_schedules_are_drawn_as_trained(tmp_path):
     for line, div_final in zip(ax.lines, ends.values(), strict=True):
         epoch, lr = line.get_data()
         assert (epoch[0], epoch[-1], lr[-1]) == (0, 8, pytest.approx(1e-3 / div_final))
-        for i in (0, 100, 300, 900): assert lr[i] == pytest.approx(one_cycle(i, 1000, 1e-4, 1e-3, div_final / 10))
+        for i in (0, 100, 300, 900): assert lr[i] == pytest.approx(one_cycle(i, 1000, 1e-4, 1e-3, 1e-3 / div_final))
     text = make_page(tmp_path)
     assert '](schedule-8-4-128.png)' in text
     assert '\n8 epochs of 12,500 images, tested on 2,500:\n' in text
