@@ -301,6 +301,7 @@ print('predicting', kept_by(lambda: learn.predict(path/'large.png')))
 learn = get_learner(get_dls(sys.argv[2], bs=8), path=path)
 class Look(Callback):
     def after_epoch(self): print('training', kept_by(lambda: torch.ones(2**25)))
+fit(learn, 1)  # for what stays after the first one: code, and oneDNN's own buffers
 print('fit', kept_by(lambda: fit(learn, 1, cbs=Look())))
 print('afterwards', kept_by(lambda: torch.ones(2**26)))  # larger than any hole that was left
 learn.save('m')
@@ -316,9 +317,9 @@ print('files', sorted(p.name for p in path.rglob('*.p*') if p.suffix != '.png'))
     assert done.returncode == 0, done.stderr
     found = {key: float(line.split()[1]) for key in ('predicting', 'training', 'fit', 'afterwards')
              for line in done.stdout.splitlines() if line.startswith(key)}
-    assert found['training'] > 100, 'MiB, of 128'
+    assert found['training'] > 60, 'MiB, of 128'
     assert found['predicting'] < 20, 'of the 58 of a large photograph'
-    assert found['fit'] < 60
+    assert found['fit'] < 40, 'of the 128 that the fit kept while it ran'
     assert found['afterwards'] < 20
     assert "['export.pkl', 'm.pth']" in done.stdout
 
