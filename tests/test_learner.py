@@ -132,8 +132,8 @@ OPTIMIZERS = dict(default=(None, STOCK_ADAM), ranger=(ranger, ranger), Adam=(Ada
 def beside_stock(dls, tmp_path, optimizer='default', layers=False) -> tuple[Learner, Learner]:
     """Our learner, with an optimizer put in its place, and a stock one of the same network, loss and randomness."""
     ours = get_learner(dls, precision='fp32', ema=0, path=tmp_path)
-    network = deepcopy(ours.model).to(memory_format=torch.channels_last)  # as ours in a fit: both round alike
-    stock = Learner(dls, network, loss_func=CrossEntropy(0.1), wd=0.1, opt_func=OPTIMIZERS[optimizer][1],
+    model = deepcopy(ours.model).to(memory_format=torch.channels_last)  # as ours in a fit: roundings grow by the step
+    stock = Learner(dls, model, loss_func=CrossEntropy(0.1), wd=0.1, opt_func=OPTIMIZERS[optimizer][1],
                     cbs=[SeedEpochs(42), History()], path=tmp_path)
     if OPTIMIZERS[optimizer][0]: ours.opt_func = OPTIMIZERS[optimizer][0]
     if layers: ours.splitter = stock.splitter = stock_splitter
