@@ -309,7 +309,7 @@ learn.export()
 learn.lr_find(num_it=20, show_plot=False)
 print('files', sorted(p.name for p in path.rglob('*.p*') if p.suffix != '.png'))
 """
-    Image.new('RGB', (4500, 4500)).save(tmp_path/'large.png')
+    Image.new('RGB', (7000, 7000)).save(tmp_path/'large.png')
     Image.new('RGB', (32, 32)).save(tmp_path/'small.png')
     env = dict(os.environ, RANK='0', WORLD_SIZE='2', PYTHONPATH=f'{ROOT}:{ROOT/"tests"}')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tmp_path, folder], env=env, text=True,
@@ -318,7 +318,7 @@ print('files', sorted(p.name for p in path.rglob('*.p*') if p.suffix != '.png'))
     found = {key: float(line.split()[1]) for key in ('predicting', 'training', 'fit', 'afterwards')
              for line in done.stdout.splitlines() if line.startswith(key)}
     assert found['training'] > 60, 'MiB, of 128'
-    assert found['predicting'] < 20, 'of the 58 of a large photograph'
+    assert found['predicting'] < 60, 'of the 140 of a large photograph'
     assert found['fit'] < 40, 'of the 128 that the fit kept while it ran'
     assert found['afterwards'] < 20
     assert "['export.pkl', 'm.pth']" in done.stdout
