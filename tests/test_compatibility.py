@@ -185,21 +185,29 @@ def test_classes_and_layout_are_special_during_a_fit_alone(dls, tmp_path, monkey
     with pytest.warns(UserWarning, match='insecure pickle'): assert is_plain(load_learner(tmp_path/'export.pkl'))
 
 
-def test_other_tools_see_the_plain_network(dls, tmp_path, monkeypatch):
+@pytest.fixture
+def network(dls, tmp_path, monkeypatch):
+    """The network of full width after a fit that failed, on a processor with AMX."""
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(amx_bf16=True))
-    dls.cpu()
-    learn = get_learner(dls, ResNet(3, 3, width=64), precision='bf16', path=tmp_path)
+    learn = get_learner(dls.cpu(), ResNet(3, 3, width=64), precision='bf16', path=tmp_path)
     with pytest.raises(ZeroDivisionError): learn.fit(1, 1e-3, cbs=Break())
-    model, x = learn.model.eval(), torch.randn(2, 3, 32, 32)
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-    operations = [str(n.target) for n in torch.export.export(model, (x,)).graph.nodes]
+    return learn.model.eval()
+
+
+def test_other_tools_see_the_plain_network(network):
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(network)(x), network(x))
+    operations = [str(n.target) for n in torch.export.export(network, (x,)).graph.nodes]
+    assert sum('conv2d' in o for o in operations) == 8
     assert not [o for o in operations if any(word in o for word in ('permute', 'transpose', 'pad', 'slice'))]
-    assert sum(p.view(-1).numel() for p in model.parameters()) == 6_569_539, 'views work'
+    assert sum(p.view(-1).numel() for p in network.parameters()) == 6_569_539, 'views work'
+
+
+def test_a_counter_that_goes_by_type_counts_all_of_it(network):
     thop = pytest.importorskip('thop')
-    macs, parameters = thop.profile(deepcopy(model), (x[:1],), verbose=False)
+    macs, parameters = thop.profile(network, (torch.randn(1, 3, 32, 32),), verbose=False)
     assert parameters == 6_569_539
-    assert 379e6 < macs < 381e6
+    assert macs == pytest.approx(380e6, rel=0.01)
 
 
 def train_on(learn, epochs=1):
