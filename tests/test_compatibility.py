@@ -185,21 +185,29 @@ def test_classes_and_layout_are_special_during_a_fit_alone(dls, tmp_path, monkey
     with pytest.warns(UserWarning, match='insecure pickle'): assert is_plain(load_learner(tmp_path/'export.pkl'))
 
 
-def test_other_tools_see_the_plain_network(dls, tmp_path, monkeypatch):
+@pytest.fixture
+def network(dls, tmp_path, monkeypatch):
+    """The network of full width after a fit that failed, on a processor with AMX."""
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(amx_bf16=True))
-    dls.cpu()
-    learn = get_learner(dls, ResNet(3, 3, width=64), precision='bf16', path=tmp_path)
+    learn = get_learner(dls.cpu(), ResNet(3, 3, width=64), precision='bf16', path=tmp_path)
     with pytest.raises(ZeroDivisionError): learn.fit(1, 1e-3, cbs=Break())
-    model, x = learn.model.eval(), torch.randn(2, 3, 32, 32)
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-    operations = [str(n.target) for n in torch.export.export(model, (x,)).graph.nodes]
+    return learn.model.eval()
+
+
+def test_other_tools_see_the_plain_network(network):
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(network)(x), network(x))
+    operations = [str(n.target) for n in torch.export.export(network, (x,)).graph.nodes]
+    assert sum('conv2d' in o for o in operations) == 8
     assert not [o for o in operations if any(word in o for word in ('permute', 'transpose', 'pad', 'slice'))]
-    assert sum(p.view(-1).numel() for p in model.parameters()) == 6_569_539, 'views work'
+    assert sum(p.view(-1).numel() for p in network.parameters()) == 6_569_539, 'views work'
+
+
+def test_a_counter_that_goes_by_type_counts_all_of_it(network):
     thop = pytest.importorskip('thop')
-    macs, parameters = thop.profile(deepcopy(model), (x[:1],), verbose=False)
+    macs, parameters = thop.profile(network, (torch.randn(1, 3, 32, 32),), verbose=False)
     assert parameters == 6_569_539
-    assert 379e6 < macs < 381e6
+    assert macs == pytest.approx(380e6, rel=0.01)
 
 
 def train_on(learn, epochs=1):
@@ -281,45 +289,7 @@ def test_a_server_gives_memory_back_and_a_notebook_needs_no_launch(tmp_path, fol
     program = """
 import resource, sys
 from conftest import fit
-from fastai.vision.all import (
-    SGD,
-    ActivationStats,
-    Adam,
-    Callback,
-    ClassificationInterpretation,
-    CrossEntropyLossFlat,
-    CSVLogger,
-    CutMix,
-    DataLoaders,
-    EarlyStoppingCallback,
-    F1Score,
-    FetchPredsCallback,
-    FocalLossFlat,
-    GradientAccumulation,
-    GradientClip,
-    L,
-    Lamb,
-    Learner,
-    Lookahead,
-    MixedPrecision,
-    MixUp,
-    OptimWrapper,
-    ParamScheduler,
-    ProgressCallback,
-    ReduceLROnPlateau,
-    SaveModelCallback,
-    SchedCos,
-    SchedLin,
-    ShowGraphCallback,
-    Tensor,
-    TerminateOnNaNCallback,
-    accuracy,
-    error_rate,
-    load_learner,
-    params,
-    ranger,
-    set_seed,
-)
+from fastai.vision.all import *
 from PIL import Image
 from predict import get_empty_dls
 from train_fastai import get_dls, get_learner
@@ -339,6 +309,7 @@ print('predicting', kept_by(lambda: learn.predict(path/'large.png')))
 learn = get_learner(get_dls(sys.argv[2], bs=8), path=path)
 class Look(Callback):
     def after_epoch(self): print('training', kept_by(lambda: torch.ones(2**25)))
+fit(learn, 1)  # for what stays after the first one: code, and oneDNN's own buffers
 print('fit', kept_by(lambda: fit(learn, 1, cbs=Look())))
 print('afterwards', kept_by(lambda: torch.ones(2**26)))  # larger than any hole that was left
 learn.save('m')
@@ -346,7 +317,7 @@ learn.export()
 learn.lr_find(num_it=20, show_plot=False)
 print('files', sorted(p.name for p in path.rglob('*.p*') if p.suffix != '.png'))
 """
-    Image.new('RGB', (4500, 4500)).save(tmp_path/'large.png')
+    Image.new('RGB', (7000, 7000)).save(tmp_path/'large.png')
     Image.new('RGB', (32, 32)).save(tmp_path/'small.png')
     env = dict(os.environ, RANK='0', WORLD_SIZE='2', PYTHONPATH=f'{ROOT}:{ROOT/"tests"}')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program, tmp_path, folder], env=env, text=True,
@@ -354,9 +325,9 @@ print('files', sorted(p.name for p in path.rglob('*.p*') if p.suffix != '.png'))
     assert done.returncode == 0, done.stderr
     found = {key: float(line.split()[1]) for key in ('predicting', 'training', 'fit', 'afterwards')
              for line in done.stdout.splitlines() if line.startswith(key)}
-    assert found['training'] > 100, 'MiB, of 128'
-    assert found['predicting'] < 20, 'of the 58 of a large photograph'
-    assert found['fit'] < 60
+    assert found['training'] > 60, 'MiB, of 128'
+    assert found['predicting'] < 60, 'of the 140 of a large photograph'
+    assert found['fit'] < 40, 'of the 128 that the fit kept while it ran'
     assert found['afterwards'] < 20
     assert "['export.pkl', 'm.pth']" in done.stdout
 
@@ -824,7 +795,8 @@ def find_habit(folder, path, do, **kwargs) -> str:
     for kind in ('ours', 'stock'): (path/kind).mkdir(parents=True)
     ours_dls, stock_dls = (get_dls(folder, bs=8, device=torch.device('cpu')) for _ in range(2))
     ours = get_learner(ours_dls, path=path/'ours', **dict(wd=0.01, label_smoothing=0, ema=0, precision='fp32') | kwargs)
-    stock = Learner(stock_dls, deepcopy(ours.model), CrossEntropyLossFlat(), wd=0.01, metrics=accuracy,
+    network = deepcopy(ours.model).to(memory_format=torch.channels_last)  # as ours in a fit: both round alike
+    stock = Learner(stock_dls, network, CrossEntropyLossFlat(), wd=0.01, metrics=accuracy,
                     opt_func=partial(Adam, mom=0.95, sqr_mom=0.99, eps=1e-5), cbs=[SeedEpochs(42), History()],
                     path=path/'stock')  # with the randomness of ours
     start = weights(ours)
