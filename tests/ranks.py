@@ -14,7 +14,7 @@ import torch
 from fastai.vision.all import Pipeline
 from torch import nn
 
-from lab import learner, results
+from lab import learner, runs
 from lab.loader import Augmentation
 
 seen, draws, learners = [], [], []
@@ -48,7 +48,7 @@ class WatchedLearner(learner.RobustLearner):
 
 
 learner.RobustLearner = WatchedLearner
-results.save_figure = lambda *_: None
+runs.Run.save_figure = lambda *_: None
 if os.environ.get('GHOSTS'): nn.BatchNorm2d = GhostBatchNorm2d
 
 if __name__ == '__main__':

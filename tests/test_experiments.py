@@ -16,10 +16,9 @@ from fastai.callback.core import Callback
 from filelock import FileLock
 from PIL import Image
 
-import lab.results
 import train_fastai
 from experiments import gpu, page, repeat
-from lab.runs import load_state
+from lab.runs import Run, load_state
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, PadCrop, find_lrs, get_dls, get_learner
 
 AVERAGES = 0.99, 0.995, 0.998
@@ -30,7 +29,7 @@ def options(tmp_path) -> dict: return dict(data=make_folder(tmp_path/'d', train=
 
 
 @pytest.fixture
-def no_figures(monkeypatch): monkeypatch.setattr(lab.results, 'save_figure', lambda *_: None)
+def no_figures(monkeypatch): monkeypatch.setattr(Run, 'save_figure', lambda *_: None)
 
 
 @pytest.mark.parametrize(('table', 'images'), [('ingredients', (54, 6)), ('schedule', (60, 12))])
@@ -284,7 +283,7 @@ def test_the_schedules_are_drawn_as_trained(tmp_path):
     for line, div_final in zip(ax.lines, ends.values(), strict=True):
         epoch, lr = line.get_data()
         assert (epoch[0], epoch[-1], lr[-1]) == (0, 8, pytest.approx(1e-3 / div_final))
-        for i in (0, 100, 300, 900): assert lr[i] == pytest.approx(one_cycle(i, 1000, 1e-4, 1e-3, div_final / 10))
+        for i in (0, 100, 300, 900): assert lr[i] == pytest.approx(one_cycle(i, 1000, 1e-4, 1e-3, 1e-3 / div_final))
     text = make_page(tmp_path)
     assert '](schedule-8-4-128.png)' in text
     assert '\n8 epochs of 12,500 images, tested on 2,500:\n' in text

@@ -41,16 +41,16 @@ from lab import figures, results
 from lab.errors import InputError, WriteError
 from lab.learner import TorchOptimizer
 from lab.loader import BatchDL
-from lab.runs import check_options, load_state, locked
+from lab.runs import Run, check_options, load_state, locked
 from predict import load_run
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, Options, PadCrop, get_dls, get_learner, main
 
 FILES = {'metrics.json', 'history.csv', 'schedule.csv', 'lr_find.csv', 'misclassified.csv', 'lr_find.png',
          'schedule.png', 'history.png', 'misclassified.png', 'top_losses.png', 'confusion_matrix.png', 'augmented.png',
-         'checkpoint.pth', 'model.pth', 'report.md', 'classes.csv'}
-METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
-           'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
-           'test_images', 'classes', 'fingerprint', 'versions', 'recipe', 'options'}
+         'checkpoint.pth', 'model.pth', 'report.md', 'classes.csv', 'errors.html'}
+METRICS = {'quick_look', 'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device',
+           'train_accuracy', 'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total',
+           'train_images', 'test_images', 'classes', 'fingerprint', 'versions', 'recipe', 'options'}
 N = 400
 GREY = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
 
@@ -238,7 +238,7 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch): monkeypatch.setattr(results, 'save_figure', lambda *_: None)
+def no_pictures(monkeypatch): monkeypatch.setattr(Run, 'save_figure', lambda *_: None)
 
 
 def run_program(*args, **kwargs): return subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
@@ -434,11 +434,13 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line_and_no_result(folder, tmp_p
     def fail(*_): raise ValueError('no picture')
     for name in ('augmented', 'history', 'misclassified', 'top_losses'):
         monkeypatch.setattr(figures, f'draw_{name}', fail)
+    monkeypatch.setattr(results, 'write_page', fail)
     start(folder, tmp_path/'out')
     err = capsys.readouterr().err
-    assert err.count('was not written: no picture\n') == err.count('\n') == 4
+    assert err.count('was not written: no picture\n') == err.count('\n') == 5
     assert {f.name for f in (tmp_path/'out').iterdir()} == FILES - {
-        'lr_find.csv', 'lr_find.png', 'augmented.png', 'history.png', 'misclassified.png', 'top_losses.png'}
+        'lr_find.csv', 'lr_find.png', 'augmented.png', 'history.png', 'misclassified.png', 'top_losses.png',
+        'errors.html'}
 
 
 def test_a_run_that_only_lacks_its_pictures_is_finished(folder, whole, tmp_path, capsys, monkeypatch):
