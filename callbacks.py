@@ -92,9 +92,9 @@ class Misclassified(TrainingCallback):
         self.batches.append((F.log_softmax(self.pred.detach(), 1, dtype=torch.float32), *self.yb))
 
     def after_validate(self):
-        self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu()
-                                        for o in zip(*self.batches, strict=True))
-        self.batches = None
+        batches, self.batches = self.batches, None
+        if not batches or sum(len(o) for o, _ in batches) < len(self.dls.valid_ds): return  # skipped or cut short
+        self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu() for o in zip(*batches, strict=True))
 
     def table(self) -> pd.DataFrame:
         """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""

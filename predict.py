@@ -30,7 +30,7 @@ from lab.runs import load_state, write_whole
 from lab.sources import get_data
 from train_fastai import get_dls, get_learner
 
-EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors.torch'}  # and what writes them
+EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors.torch'}  # by what writes them
 OPSET = 20  # the version of ONNX's operators
 
 
@@ -38,7 +38,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
 
     Without `data` it reads no images, which is enough to predict; what needs the run's images, to validate, show
-    results or train on, raises `InputError`. With the folder of those images, or of a copy of them, it does all of it.
+    results or train on, raises `InputError`. With `data`, the folder of those images or of a copy, everything works.
     A run of another network than `ResNet` needs that as `model`. Weights that are stored in float16, as the published
     ones, predict in float32. Raises `InputError`.
     """
@@ -62,7 +62,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
                          'network') from e
     if data is None: dls = get_empty_dls(classes)
     else:
-        every = 10 if quick and o.get('data') else 1  # the sample is a tenth already
+        every = 10 if quick and (o.get('data') or 'taste' in o) else 1  # the sample is a tenth already
         dls = get_dls(get_data(data), bs=bs, every=every)
         if 'recipe' in m and fingerprint(dls, names=False) != images:  # earlier versions had another digest
             raise InputError(f'{data} holds other images than {run} was trained on')
@@ -204,7 +204,7 @@ def export_network(learn: Learner, file: Path):
         metadata = dict(classes=classes, mean=json.dumps(cifar_stats[0]), std=json.dumps(cifar_stats[1]))
         write_whole(file, library.save(model.state_dict(), metadata))
         return
-    images = torch.zeros(2, 3, SIZE, SIZE)  # a single one would be taken for the only number there is
+    images = torch.zeros(2, 3, SIZE, SIZE)  # with one image the exporter would fix N to 1
     program = torch.export.export(WholeNetwork(model), (images,), dynamic_shapes=({0: torch.export.Dim('N', min=1)},))
     if file.suffix == '.pt2': torch.export.save(program, content := io.BytesIO(), extra_files={'classes.json': classes})
     else:

@@ -28,17 +28,7 @@ from callbacks import History, Misclassified, SeedEpochs, StopOnNaN, WeightAvera
 from lab.errors import InputError, one_line_errors
 from lab.finder import basin, median_lrs, plot_lrs
 from lab.learner import CrossEntropy, RobustLearner, data_parallel, fused_adam
-from lab.loader import (
-    TEST_FOLDERS,
-    Augmentation,
-    BatchDL,
-    FitSize,
-    RGBImage,
-    decode_images,
-    image_files,
-    keep_images,
-    windows,
-)
+from lab.loader import TEST_FOLDERS, Augmentation, BatchDL, FitSize, RGBImage, keep_images, read_images, windows
 from lab.processes import RANK, RANKS, join_processes, on_first, one_by_machine
 from lab.results import describe, draw_training, save_finder, save_results
 from lab.runs import Run, given_options, takes_options
@@ -92,10 +82,9 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     (bs,). Training images are shuffled and augmented by `item_tfms`, and the last partial batch is dropped. Of each
     class one image in `every` is used. All images are decoded once, into the memory of `device`, and each
     `Augmentation` works on whole batches. With other item transforms, or with `num_workers`, fastai's own loader reads
-    and augments the images one by one, in so many processes. Raises `InputError`.
+    and augments the images one by one, in `num_workers` processes. Raises `InputError`.
     """
-    files = image_files(path, every)
-    images = decode_images(files)
+    files, images = read_images(path, every)
     if item_tfms is None: item_tfms = [PadCrop(4), FlipLR(), Cutout(8)]
     whole_batches = num_workers is None and all(isinstance(tfm, Augmentation) for tfm in item_tfms)
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,
@@ -174,7 +163,7 @@ def experiment(run: Run):
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is told on the command line."""
+    """The options of a run."""
     data: Annotated[str, "folder of 32×32 images in train/<class>/ and test/<class>/; default: CIFAR-10"] = None
     out: Annotated[str, "folder for the run's results; default: runs/<date-time>"] = None
     epochs: Annotated[int, 'passes over the training images'] = 24

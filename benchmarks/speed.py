@@ -22,9 +22,10 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from arch import ResNet
+from lab.learner import replaced
 from lab.runs import Checkpoint
 from lab.sources import get_data
-from lab.speed import SideBySideConv2d, best_precision, device_name, keep_freed_memory
+from lab.speed import SideBySideConv2d, best_precision, device_name, keep_freed_memory, train_fast
 from train_fastai import get_dls, get_learner
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -126,6 +127,9 @@ def epoch(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
         autocast = partial(torch.autocast, device.type, DTYPES[precision], enabled=precision != 'fp32')
 
         def bare():
+            with replaced(learn, 'fitting', True), train_fast(learn): steps()
+
+        def steps():
             learn.model.train()
             for x, y in train:
                 with autocast(): loss = F.cross_entropy(learn.model(x), y)

@@ -3,7 +3,7 @@
 
     python docs/publish.py runs/X ~/.fastai/data/cifar10   # the run, and the folder of its images
 
-docs/cifar10 gets all files of the run but the checkpoint. The weights are stored in float16, half as large, and what
+docs/cifar10 gets all files of the run, one without --data, but the checkpoint. The weights are stored in float16, half as large, and what
 those score in float32, on the run's test images and on the sample's, is noted in metrics.json beside the run's own
 accuracy: it is what `predict.py` repeats.
 """
@@ -21,7 +21,7 @@ from fastai.vision.all import *
 
 from lab.errors import RunError, one_line_errors
 from lab.evaluate import get_log_probs
-from lab.loader import decode_images, get_image_files
+from lab.loader import decode_images
 from lab.runs import load_state, save_state, write_whole
 from lab.sources import get_sample
 from lab.speed import device_name
@@ -52,10 +52,10 @@ def main(
 ):
     "Copy a finished run to docs/cifar10, with weights in float16, and note what those score."
     run = Path(run)
-    test_files = load_run(run, data).dls.valid_ds.items
+    test_files, weights = load_run(run, data).dls.valid_ds.items, halve(load_state(run/'model.pth'))
     shutil.rmtree(PUBLISHED, ignore_errors=True)
     shutil.copytree(run, PUBLISHED, ignore=shutil.ignore_patterns('checkpoint.pth', '.lock'))
-    save_state(PUBLISHED/'model.pth', halve(load_state(run/'model.pth')))
+    save_state(PUBLISHED/'model.pth', weights)
     learn, m = load_run(PUBLISHED), json.loads((PUBLISHED/'metrics.json').read_bytes())
     m['options']['out'] = None  # a folder of this machine
     m['published'] = dict(weights='float16', precision='fp32', device=device_name(learn.device),

@@ -157,7 +157,8 @@ def main(
     "Make tables and figures of the results in a folder, and a page of them: README.md."
     folder = Path(folder)
     results, words = load_results(folder), folder/'page.md'
-    page = words.read_text() if words.exists() else '\n'.join(f'## {table}\n\n{{{table}}}\n' for table in TABLES)
+    headings = '\n'.join(f'## {table}\n\n{{{table}}}\n' for table in TABLES)
+    page = words.read_text(encoding='utf-8') if words.exists() else headings
     for table in TABLES:
         runs = results[results.table == table]
         sections = [make_section(group, folder)

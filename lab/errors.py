@@ -76,7 +76,7 @@ def one_line_errors(program: str):
     nobody reads the output any more, as behind `| head`, the program ends silently with 141, as others do. With several
     processes, rank 0 reports the errors, and the others only those that rank 0 cannot know of.
     """
-    silent = RANK > 0
+    silent, foreseen = RANK > 0, True
     try:
         if is_cli() and not IN_IPYTHON:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -92,10 +92,10 @@ def one_line_errors(program: str):
         error, code, silent = e, 1, silent and (lost_a_process(e) or hasattr(e, 'shared'))
         if is_out_of_memory(e): message = f'error: out of memory; try a smaller --bs ({one_line(e)[:120]})'
         elif lost_a_process(e): message = f"error: the run's processes cannot work together: {one_line(e)[:200]}"
-        else: message = f'error: {type(e).__name__}: {one_line(e)[:200]}'
+        else: message, foreseen = f'error: {type(e).__name__}: {one_line(e)[:200]}', False
     hints = error.__dict__.pop('__notes__', [])
     let_rank_0_report(silent and code < 128)
     if not silent:
-        if message.startswith(f'error: {type(error).__name__}: '): traceback.print_exception(error)
+        if not foreseen: traceback.print_exception(error)
         print(f'{program}: {"; ".join([message, *hints])}', file=sys.stderr)
     sys.exit(code)

@@ -6,7 +6,8 @@ from typing import Any
 from fastai.vision.all import *
 from fastprogress.fastprogress import MasterBar, ProgressBar
 
-from lab.loader import SHOW_PROGRESS
+from lab.errors import InputError
+from lab.loader import SHOW_PROGRESS, BatchDL
 from lab.processes import RANK, RANKS, let_rank_0_report, lost_a_process
 from lab.speed import CUDAGraph, Precision, in_fast_layout, keep_random_state, match_layout, train_fast
 
@@ -59,7 +60,8 @@ class Progress(ProgressCallback):
         else: self.pbar = ProgressBar(self.dl, display=False)
 
     def after_batch(self):
-        if SHOW_PROGRESS: super().after_batch()
+        if SHOW_PROGRESS and self.loss.is_cuda: self.pbar.update(self.iter + 1)  # to show the loss would wait for it
+        elif SHOW_PROGRESS: super().after_batch()
 
     def _write_stats(self, log: list):
         if hasattr(self.learn, 'history'): log = self.history.printed_row(log)
@@ -69,7 +71,7 @@ class Progress(ProgressCallback):
 
 
 class TorchOptimizer(OptimWrapper):
-    """A torch optimizer with the manners of a fastai one.
+    """A torch optimizer that behaves like one of fastai's.
 
     fastai sees one parameter group per list of the splitter; each is up to two of torch's: what decays, and what does
     not, as `Learner.create_opt` decides (`wd_bn_bias`). A new `wd` reaches the former alone. What is written to
@@ -95,6 +97,12 @@ class TorchOptimizer(OptimWrapper):
     @property
     def param_lists(self) -> list: return self.lists
 
+    @param_lists.setter
+    def param_lists(self, lists: list):
+        new = dict(zip(L(self.lists).concat(), L(lists).concat(), strict=True))
+        for pg in self.opt.param_groups: pg['params'] = [new[p] for p in pg['params']]
+        self.lists = [[*o] for o in lists]
+
     @property
     def hypers(self) -> list[dict]:
         shown = {i: pg for (i, _), pg in reversed([*zip(self.groups, self.opt.param_groups, strict=True)])}
@@ -109,7 +117,7 @@ class TorchOptimizer(OptimWrapper):
             if of_list == i and (decays or k != 'wd'): set_item_pg(pg, self.bwd_map[k], v)
 
     def state_dict(self) -> dict:
-        """As torch's; the tensors are contiguous, also within a fit."""
+        """As torch's, with contiguous tensors, also during a fit."""
         state = self.opt.state_dict()
         return state | dict(state=apply(lambda o: o.contiguous() if isinstance(o, Tensor) else o, state['state']))
 
@@ -204,13 +212,13 @@ class RobustLearner(Learner):
         super()._do_one_batch()
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
-        """As fastai's, but metrics are summed up on the GPU, for which every batch would wait, and a process that was
-        not launched gathers from no others, whatever WORLD_SIZE says."""
+        """As fastai's, except that metrics stay on the GPU (moving them would make every batch wait), and that without
+        a launch nothing is gathered, whatever WORLD_SIZE says."""
         if isinstance(b, Tensor) and b.ndim == 0: return b.detach()
         return super().to_detach(b, cpu, gather and RANKS > 1)
 
     def validation_context(self, cbs=None, inner=False):
-        """As fastai's, one thread at a time. Within a fit the training takes no notice of it and goes on as it was."""
+        """As fastai's, one thread at a time. During a fit, training continues as if nothing had happened."""
         contexts = [self.lock, super().validation_context(cbs, inner or self.fitting)]
         return ContextManagers([self.step_aside(), *contexts] if self.fitting else contexts)
 
@@ -269,6 +277,8 @@ def data_parallel(learn: Learner):
     if RANKS == 1:
         yield
         return
+    if not isinstance(learn.dls.train, BatchDL):
+        raise InputError('several processes need item transforms that are an Augmentation; start one process')
     import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
     os.environ['WORLD_SIZE'] = str(RANKS)  # where fastai looks for it
     try:

@@ -27,7 +27,7 @@ def check_access(folder: Path):
 def check_names(files: Sequence[Path]):
     """Raises `InputError` for the first file whose name tables and messages could not show."""
     for f in files:
-        if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} is a name that cannot be printed; change it')
+        if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} cannot be printed; rename the file')
 
 
 def image_files(path: str | Path, every: int = 1) -> L:
@@ -58,7 +58,7 @@ def image_files(path: str | Path, every: int = 1) -> L:
     if len(classes['train']) < 2: raise InputError(f'{path/"train"} has fewer than two class folders')
     if stray := first(f for f in files if f.parent.parent.parent != path):
         raise InputError(f'{stray} is not where an image belongs: {stray.parents[1]/"<class>"/"<image>"}' if
-                         stray.parent.parent == path else f'{stray} lies too deep: images belong in <split>/<class>')
+                         stray.parent.parent == path else f'{stray} is nested too deeply: images go in <split>/<class>')
     for folder in (path/split/c for split in ('train', test) for c in sorted(classes[split])):
         check_access(folder)
         if folder not in by_folder: raise InputError(f'class folder {folder} holds no images')
@@ -182,6 +182,12 @@ def decode_images(files: Sequence[Path]) -> Tensor:
             for _ in progress_bar(done, total=len(starts), leave=False) if bar else done: pass
         finally: pool.shutdown(cancel_futures=True)
     return images
+
+
+def read_images(path: str | Path, every: int = 1) -> tuple[L, Tensor]:
+    """The files of the data folder `path`, as `image_files` lists them, and their images, as `decode_images` does."""
+    files = image_files(path, every)
+    return files, decode_images(files)
 
 
 def keep_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> DataLoaders:

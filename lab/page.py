@@ -1,4 +1,4 @@
-"""Every misclassified image of a run on one self-contained page, which a browser opens without server and network."""
+"""Every misclassified image of a run on one self-contained page, for a browser without a server or network."""
 import base64
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ def data_uri(content: bytes, kind: str) -> str: return f'data:image/{kind};base6
 
 
 def draw_sheet(images: Tensor) -> bytes:
-    """The `images`, at most COLUMNS² × (3, SIZE, SIZE) uint8, side by side in rows, as a WebP file without loss."""
+    """The `images`, at most COLUMNS² × (3, SIZE, SIZE) uint8, side by side in rows, as a lossless WebP."""
     sheet = Image.new('RGB', (SIZE * COLUMNS, SIZE * COLUMNS))
     for i, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
         sheet.paste(Image.fromarray(image), (SIZE * (i % COLUMNS), SIZE * (i // COLUMNS)))
@@ -31,7 +31,7 @@ def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tens
     """The page as HTML, from the template page.html.
 
     `m` is the run's metrics.json, `wrong` misclassified.csv, `classes` classes.csv; `images` (N, 3, SIZE, SIZE) uint8
-    are those of `wrong`; `charts` are PNG files, each by what it shows.
+    are those of `wrong`; `charts` are PNG files by title.
     """
     names = list(classes['class'])
     place = {name: i for i, name in enumerate(names)}

@@ -93,7 +93,7 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         (escape(c), f'{n:,}', percent(recall), percent(precision))
         for c, n, recall, precision in shown.itertuples(index=False)])
 
-    title = 'Quick look' if o['quick'] else 'CIFAR-10 with fastai'
+    title = 'Quick look' if o['quick'] else f'{escape(recipe["network"])} with fastai'
     return f'''# {title}: {percent(m['test_accuracy'], 2)} in {m['epochs']} epoch{'s' * (m['epochs'] > 1)}
 {QUICK if o['quick'] else ''}
 After epoch {m['epochs']} the network classifies {percent(m['test_accuracy'], 2)} of {m['test_images']:,} test images

@@ -161,7 +161,7 @@ class Checkpoint(Callback):
 
 @contextlib.contextmanager
 def locked(out: Path):
-    """Context manager that locks the folder `out`: of two runs at once one is refused. Raises `InputError`."""
+    """Context manager that locks the folder `out`: a second run in it is refused. Raises `InputError`."""
     lock = FileLock(out/'.lock')
     try:
         tempfile.TemporaryFile(dir=out).close()  # can it be written to?
@@ -221,8 +221,8 @@ class Run:
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
     `options` is an `Options`; `given` names those that the user gave. With `resume`, the folder of an interrupted run,
-    they are that run's own, but for a data folder that has moved. `by_command` says that no Python code started it.
-    Raises `InputError`.
+    they come from that run, except `data` if it has moved. `by_command`: started from the command line. Raises
+    `InputError`.
     """
 
     def __init__(self, options, given: set[str], resume: str | Path | None = None, by_command: bool = False):

@@ -33,7 +33,7 @@ class NetworkError(InputError):
 def data_folder() -> Path:
     """Where fastai keeps its data sets. Raises `InputError`."""
     try: return fastai_path('data')
-    except OSError as e: raise InputError(f'fastai cannot keep data in {e.filename} ({e.strerror}); set FASTAI_HOME'
+    except OSError as e: raise InputError(f'fastai cannot write to {e.filename} ({e.strerror}); set FASTAI_HOME'
                                       ) from e
 
 
@@ -78,7 +78,7 @@ def get_sample() -> Path:
     try:
         with filling(path), downloading():
             if not is_sample(path): untar_data(SAMPLE.as_uri(), force_download=True)
-            if not is_sample(path): raise ValueError('its images are others')
+            if not is_sample(path): raise ValueError('its images are not the expected ones')
     except Exception as e:  # of tarfile, zlib, shutil and the file system
         raise InputError(f'{SAMPLE} could not be unpacked ({one_line(e)[:200]}); '
                          f'{"check the disk" if is_disk_error(e) else "restore the file with git"}') from e
@@ -93,11 +93,10 @@ def get_fastai_copy() -> Path:
     path, archive = data_folder()/'cifar10', fastai_path('archive')/'cifar10.tgz'
     if not path.exists():
         try:
-            with downloading(): untar_data(URLs.CIFAR)
-        except BaseException as e:
-            if count_images(path) != CIFAR_IMAGES: shutil.rmtree(path, ignore_errors=True)  # half unpacked
-            # What is no archive would be tried for ever.
-            if isinstance(e, Exception) and not is_disk_error(e): archive.unlink(missing_ok=True)
+            with filling(path), downloading():
+                if not path.exists(): untar_data(URLs.CIFAR)
+        except Exception as e:
+            if not is_disk_error(e): archive.unlink(missing_ok=True)  # a broken archive would be tried again and again
             raise
     n = count_images(path)
     if n != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking killed

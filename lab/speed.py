@@ -50,14 +50,18 @@ def autocast_for(precision: MixedPrecision | None, device: torch.device) -> torc
 
 
 class CUDAGraph(Callback):
-    """Records the network's forward and backward pass on a GPU once and replays them in every step.
+    """Records the forward and backward pass of a `fast_model` on a GPU once and replays them in every step.
 
     The kernels and their results are the same; launching them one by one takes a fast GPU longer than computing them.
+    All training batches have one shape, as the loader drops the last partial one.
     """
     order = Precision.order + 1  # within its autocast
 
     def before_batch(self):
         if not self.training or not self.learn.is_training_fast or 'forward' in vars(self.model): return
+        # A replay runs no hooks, and overwrites the gradients of the step before.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.model.modules())
+        if hooked or hasattr(self.learn, 'gradient_accumulation'): return
         statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
         images = self.x.as_subclass(Tensor).clone()
         self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
@@ -76,8 +80,8 @@ class SideBySideConv2d(nn.Conv2d):
     """A 3×3 convolution that lays small maps side by side, in rows of 32: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`.
 
     oneDNN's AMX convolutions fill their tiles along the width of a map, and small maps leave most of a tile empty. A
-    column of zeros keeps neighbours apart, as padding does. The result is in channels-last memory: on any other strides
-    a batch norm of bfloat16 values takes ten times as long.
+    column of zeros keeps neighbours apart, as padding does. The result is in channels-last memory: with any other
+    strides a batch norm of bfloat16 values takes ten times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def set_layout(model: nn.Module, opt, memory_format: torch.memory_format):
 
 
 def in_fast_layout(learn: Learner, x: Tensor) -> Tensor:
-    """The images `x` as a plain `learn.fast_model` takes them fastest, by a third: in channels-last memory."""
+    """`x` in channels-last memory if the network is a `fast_model`, which then predicts a third faster."""
     fast = isinstance(get_model(learn.model), getattr(learn, 'fast_model', ())) and x.device.type in ('cpu', 'cuda')
     return x.contiguous(memory_format=torch.channels_last) if fast else x
 
@@ -123,7 +127,7 @@ def match_layout(opt):
 
 
 def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
-    """A state-dict hook: whatever takes the state dict during a fit, a file above all, gets contiguous tensors."""
+    """State-dict hook that makes tensors contiguous, so that files written during a fit are plain."""
     for k, v in state.items():
         if k.startswith(prefix) and isinstance(v, Tensor): state[k] = v.contiguous()
 
@@ -175,15 +179,18 @@ def keep_freed_memory():
 @contextlib.contextmanager
 def keep_random_state(device: torch.device):
     """Context manager after which the caller's random generators and `cudnn.benchmark` are as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_device = {'cuda': torch.cuda, 'mps': torch.mps}.get(device.type)
-    device_state, benchmark = on_device and on_device.get_rng_state(), torch.backends.cudnn.benchmark
-    try: yield
-    finally:
-        for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True):
-            restore(state)
-        if on_device: on_device.set_rng_state(device_state)
-        torch.backends.cudnn.benchmark = benchmark
+    python, numpy, benchmark = random.getstate(), np.random.get_state(), torch.backends.cudnn.benchmark
+    mps = torch.mps.get_rng_state() if device.type == 'mps' else None
+    gpus = []
+    if device.type == 'cuda' or torch.cuda.is_initialized():  # one of several processes leaves the others' GPUs alone
+        gpus = [*range(torch.cuda.device_count())] if RANKS == 1 else [torch.cuda.current_device()]
+    with torch.random.fork_rng(gpus):
+        try: yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.backends.cudnn.benchmark = benchmark
+            if mps is not None: torch.mps.set_rng_state(mps)
 
 
 @contextlib.contextmanager

@@ -374,7 +374,7 @@ def test_a_full_disk_while_the_sample_is_unpacked(small_sample, home, tmp_path, 
 def test_a_folder_that_fastai_cannot_make(tmp_path, home, permissions_bind, capsys):
     tmp_path.chmod(0o555)
     message = ends(capsys, 2, main, quick=True, out=tmp_path/'out')
-    assert message == f'error: fastai cannot keep data in {home} (Permission denied); set FASTAI_HOME\n'
+    assert message == f'error: fastai cannot write to {home} (Permission denied); set FASTAI_HOME\n'
     tmp_path.chmod(0o755)
 
 
