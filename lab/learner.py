@@ -173,8 +173,11 @@ class RobustLearner(Learner):
         self.fitting = True
         try:
             with train_fast(self): super().fit(*args, **kwargs)
+        except Exception as e:
+            if self.error: raise self.error from e  # `e` is what another callback's after_fit made of it
+            raise
+        else:
             if self.error: raise self.error
-        except Exception as e: raise self.error or e  # what comes of it in another callback's after_fit counts less
         finally: self.error, self.fitting, self.first_epoch = None, False, 0
 
     def _do_fit(self):

@@ -200,7 +200,6 @@ def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
 
 def test_a_learner_without_images_does_what_one_can_without(run, data):
     learn = load_run(run)
-    learn.validate()
     assert learn.dls.valid.bs == 512
     files = sorted((data/'test').rglob('*.png'))
     preds, targets = learn.get_preds(dl=learn.dls.test_dl(files, with_labels=True))

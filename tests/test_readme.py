@@ -91,7 +91,8 @@ def test_every_command_runs(folder, tmp_path, monkeypatch, capsys):
     added = {
         'python train_fastai.py --quick': f'--data {folder} --bs 2 --lr-min 1e-4 --lr-max 1e-3',
         'python train_fastai.py --resume runs/X': '', 'python predict.py runs/X cat.png dog.jpg': '',
-        'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X ~/.fastai/data/cifar10/test': ''}
+        'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X ~/.fastai/data/cifar10/test': '',
+        'python predict.py runs/X --export net.onnx': ''}
     elsewhere = {
         'python train_fastai.py', 'python -m pytest', 'pip install -r requirements.txt',  # .ci/run
         'pip install -r requirements-dev.txt', 'pip install fastai==2.8.12 accelerate',
