@@ -3,9 +3,9 @@
 
     python docs/publish.py runs/X ~/.fastai/data/cifar10   # the run, and the folder of its images
 
-docs/cifar10 gets all files of the run, one without --data, but the checkpoint. The weights are stored in float16, half as large, and what
-those score in float32, on the run's test images and on the sample's, is noted in metrics.json beside the run's own
-accuracy: it is what `predict.py` repeats.
+docs/cifar10 gets all files of the run, which was started without --data, except the checkpoint. The weights are stored
+in float16, half as large. Their accuracy in float32, on the run's test images and on the sample's, is noted in
+metrics.json beside the run's own: it is what `predict.py` repeats.
 """
 import sys
 from pathlib import Path

@@ -33,8 +33,8 @@ class NetworkError(InputError):
 def data_folder() -> Path:
     """Where fastai keeps its data sets. Raises `InputError`."""
     try: return fastai_path('data')
-    except OSError as e: raise InputError(f'fastai cannot write to {e.filename} ({e.strerror}); set FASTAI_HOME'
-                                      ) from e
+    except OSError as e:
+        raise InputError(f'fastai cannot write to {e.filename} ({e.strerror}); set FASTAI_HOME') from e
 
 
 @contextlib.contextmanager

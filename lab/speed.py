@@ -139,7 +139,7 @@ def fast_layout(learn: Learner):
     if not learn.is_training_fast or device.type not in ('cpu', 'cuda'):
         yield
         return
-    amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and torch.cpu.get_capabilities().get('amx_bf16')
+    amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and cpu_capabilities().get('amx_bf16')
     convs = [m for m in model.modules() if fits_side_by_side(m)] if amx else []
     plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose channels-last
     hook = model.register_state_dict_post_hook(make_contiguous)
@@ -202,12 +202,15 @@ def train_fast(learn: Learner):
         yield
 
 
+def cpu_capabilities() -> dict: return getattr(torch.cpu, 'get_capabilities', dict)()  # earlier versions have none
+
+
 def best_precision(device: torch.device) -> str:
     """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
     if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return 'fp32'
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # ONEDNN_MAX_CPU_ISA may forbid it
-    has = torch.cpu.get_capabilities()
+    has = cpu_capabilities()
     return 'bf16' if has.get('amx_bf16') or has.get('avx512_bf16') else 'fp32'
 
 
@@ -225,5 +228,5 @@ def device_name(device: torch.device) -> str:
     """The processor in words."""
     several = f'{RANKS} × ' if RANKS > 1 else ''
     if device.type == 'cuda': return several + torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
+    name = cpu_capabilities().get('cpu_name') or platform.machine()
     return f'{several}{device.type}, {name}, {torch.get_num_threads()} threads'

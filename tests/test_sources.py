@@ -414,6 +414,9 @@ def test_without_network_the_bare_command_is_a_quick_look(small_sample, tmp_path
     assert (m['quick_look'], m['options']['quick'], m['epochs'], m['batch_size']) == (True, True, 4, 64)
     assert len(titles) == 7
     for o in titles: assert o.endswith(' (quick look)'), o
+    weights = (folder/'model.pth').rename(tmp_path/'weights.pth')
+    main(resume=folder)
+    assert (folder/'model.pth').read_bytes() == weights.read_bytes()
 
 
 def title(fig) -> str: return fig.get_suptitle() or fig.axes[0].get_title()
