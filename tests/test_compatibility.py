@@ -482,7 +482,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_is_loaded_without_its_images_and_plain(run, monkeypatch):
-    for name in ('train_fastai.read_images', 'lab.loader.read_image'): monkeypatch.setattr(name, None)
+    for name in ('train_fastai.read_images', 'lab.loader.decode_images'): monkeypatch.setattr(name, None)
     learn = load_run(run)
     assert is_plain(learn)
     assert all(v.is_contiguous() for v in torch.load(run/'model.pth', weights_only=True).values())
