@@ -226,9 +226,8 @@ def main(
     learn = load_run(run)
     if export:
         export_network(learn, Path(export))
-        if not images:
-            print(f'The network is in {export}')
-            return
+        print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
+        if not images: return
     vocab = list(learn.dls.vocab)
     files, targets = find_images(images, vocab)
     pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])

@@ -99,23 +99,24 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     return keep_images(dls, files, images)
 
 
-def get_learner(dls: DataLoaders, model: nn.Module | None = None, opt_func: Callable = fused_adam, wd: float = 0.1,
-                label_smoothing: float = 0.1, ema: float = 0.99, precision: str = 'auto', seed: int = 42,
-                path: str | Path = '.') -> Learner:
+def get_learner(dls: DataLoaders, model: nn.Module | Callable | None = None, opt_func: Callable = fused_adam,
+                wd: float = 0.1, label_smoothing: float = 0.1, ema: float = 0.99, precision: str = 'auto',
+                seed: int = 42, path: str | Path = '.') -> Learner:
     """A fastai `Learner` for `dls`, by default of the assignment's network; whatever it saves goes to `path`.
 
-    `model` may be any network that ends in logits or log-probabilities, `opt_func` any optimizer of fastai, or of torch
-    in a `TorchOptimizer`. `wd` is weight decay, not on batch norm and biases; `label_smoothing` applies to the training
-    loss alone. `ema` is the decay per step of the moving average of the weights that is tested and kept; 0 keeps the
-    last step's weights. `precision` is 'auto', 'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights of the
-    default network and all randomness of every epoch: on a CPU the same seed gives the same run. Raises `InputError`.
+    `model` may be any network that ends in logits or log-probabilities, or a function that makes one, with initial
+    weights by `seed`; `opt_func` any optimizer of fastai, or of torch in a `TorchOptimizer`. `wd` is weight decay, not
+    on batch norm and biases; `label_smoothing` applies to the training loss alone. `ema` is the decay per step of the
+    moving average of the weights that is tested and kept; 0 keeps the last step's weights. `precision` is 'auto',
+    'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights and all randomness of every epoch: on a CPU the same
+    seed gives the same run. Raises `InputError`.
     """
-    own = default_device() if model is None else next(model.parameters()).device
+    own = next(model.parameters()).device if isinstance(model, nn.Module) else default_device()
     device = getattr(dls, 'device', default_device()) or own  # loaders of another kind may have none
     precision = resolve_precision(precision, device)
     with keep_random_state(device):
         set_seed(seed)
-        if model is None: model = ResNet(3, len(dls.vocab))
+        if not isinstance(model, nn.Module): model = model() if model else ResNet(3, len(dls.vocab))
     cbs = [SeedEpochs(seed), History(), Misclassified(), StopOnNaN()]
     if ema: cbs.append(WeightAverage(ema))
     if precision != 'fp32': cbs.append(Precision(precision))

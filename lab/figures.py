@@ -85,7 +85,7 @@ def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=' %'))
     right.set_title(f'Accuracy (test after the last epoch: {100 * rows[-1]["test_accuracy"]:.2f} %)')
     left.legend()
-    right.legend(loc='lower right')
+    right.legend(loc='best')
     return fig
 
 

@@ -42,7 +42,8 @@ def image_files(path: str | Path, every: int = 1) -> L:
     test = first(name for name in TEST_FOLDERS if (path/name).is_dir()) or 'test'
     classes = {}
     for split in ('train', test):
-        if not (path/split).is_dir(): raise InputError(f'data folder {path} has no folder "{split}"')
+        if not (path/split).is_dir(): raise InputError(f'data folder {path} has no folder "{split}"'
+                                                        f'{" (nor valid, val)" if split == "test" else ""}')
         check_access(path/split)
         classes[split] = {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
     if odd := sorted(classes['train'] ^ classes[test]):

@@ -13,11 +13,14 @@ FINDER = f"""
 
 *The finder raises the rate from batch to batch and records the loss. LRMIN is its `valley` suggestion, a rate in the
 middle of the longest descent, but at most a tenth of LRMAX. LRMAX is {PEAK_SHARE} times the middle of the rates whose
-loss is close to the least. With batches smaller than {SMALL_BATCH}, the finder with the median LRMAX of {FINDERS}
-counts.*
+loss is close to the least.*
+"""
+SEVERAL = f"""
+*With batches smaller than {SMALL_BATCH} finders disagree: this is the one of {FINDERS} with the median LRMAX (or a
+single one, if an epoch is short).*
 """
 QUICK = """
-> **A quick look**: one image in ten, few epochs, small batches. It shows what a run writes; its numbers say nothing
+> **A quick look**: one image in ten, a few epochs, small batches. It shows what a run writes; its numbers say nothing
 > about the recipe.
 """
 
@@ -74,9 +77,11 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
         ('network', "the assignment's ResNet, 6,573,130 parameters",
          f'{escape(recipe["network"])}, {m["parameters"]:,} parameters'),
         ('last stage', 'SoftMax', stage),
-        ('loss', 'cross-entropy', f'{escape(recipe["loss"])}, in training with label smoothing {smoothing:g}'),
+        ('loss', 'cross-entropy',
+         escape(recipe['loss']) + (f', in training with label smoothing {smoothing:g}' if smoothing else '')),
         ('optimizer', 'Adam',
-         f'{escape(recipe["optimizer"])}, weight decay {recipe["wd"]:g} (not on batch norm and biases)'),
+         f'{escape(recipe["optimizer"])}, ' + (f'weight decay {recipe["wd"]:g} (not on batch norm and biases)'
+                                                if recipe['wd'] else 'no weight decay')),
         ('weights tested and kept', 'not stated',
          f'their moving average, decay {recipe["ema"]:g} per step' if recipe['ema'] else 'those of the last step'),
         ('epochs', 24, m['epochs']),
@@ -106,7 +111,7 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 {assignment}
 
 ## Learning rates
-{FINDER if finder else ''}
+{FINDER if finder else ''}{SEVERAL if finder and m['batch_size'] < SMALL_BATCH else ''}
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},

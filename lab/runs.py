@@ -183,6 +183,11 @@ def takes_options(options: type) -> Callable:
     return decorate
 
 
+def is_finished(out: Path) -> bool:
+    """Whether the run in the folder `out` has its last number and its last figure."""
+    return all(os.path.exists(out/name) for name in ('model.pth', 'top_losses.png'))
+
+
 def given_options(main: Callable, options: dict) -> set[str]:
     """The names of the options that the user gave to `main`, a default that was given included."""
     if not is_cli(main): return {*options}  # another program may call it
@@ -203,6 +208,8 @@ def check_options(o):
         raise InputError(f'--lr-min {o.lr_min:g} --lr-max {o.lr_max:g}: must be 0 < LRMIN < LRMAX')
     if o.lr_end is not None and not 0 < o.lr_end < float('inf'):
         raise InputError(f'--lr-end {o.lr_end:g} is not a positive number')
+    if o.lr_end and o.lr_max and o.lr_end > o.lr_max:
+        raise InputError(f'--lr-end {o.lr_end:g} is larger than --lr-max {o.lr_max:g}')
     if not 0 <= o.wd < float('inf'): raise InputError(f'--wd {o.wd:g} is negative or not finite')
     for name, share in (('label-smoothing', o.label_smoothing), ('ema', o.ema)):
         if not 0 <= share < 1: raise InputError(f'--{name} {share:g} is not at least 0 and less than 1')
@@ -211,7 +218,7 @@ def check_options(o):
 
 def limit_to_quick_look(o):
     """The options `o` of a quick look, which takes minutes; prints what it lowers."""
-    print('A quick look: one image in ten, few epochs, small batches. Its numbers say nothing about the recipe.')
+    print('A quick look: one image in ten, a few epochs, small batches. Its numbers say nothing about the recipe.')
     limits = {k: limit for k, limit in QUICK.items() if getattr(o, k) > limit}
     for k, limit in limits.items(): print(f'--{k} {getattr(o, k)} is lowered to {limit}')
     return dataclasses.replace(o, **limits)
@@ -259,7 +266,8 @@ class Run:
         out = self.folder
         if os.path.isfile(out): raise InputError(f'--out {out} is a file, not a folder')
         if any(os.path.exists(out/name) for name in (Checkpoint.file, 'metrics.json', 'model.pth')):
-            raise InputError(f'--out {out} already holds a run; choose another folder, or {self.resume_command}')
+            resume = '' if is_finished(out) else f', or {self.resume_command}'
+            raise InputError(f'--out {out} already holds a run; choose another folder{resume}')
 
     @property
     def resume_command(self) -> str:
@@ -278,7 +286,7 @@ class Run:
     def load(self, names: Iterable[str]) -> dict:
         """The run's checkpoint, whose options have these `names`. Raises `InputError`."""
         out = self.folder
-        if all((out/name).exists() for name in ('model.pth', 'top_losses.png')):  # the last number and the last figure
+        if is_finished(out):
             raise InputError(f'--resume {out}: this run is finished, nothing is left to do')
         try: state = load_state(out/Checkpoint.file)
         except InputError as e: raise InputError(f'--resume {out}: {e}; start a run without --resume') from e

@@ -135,7 +135,8 @@ def get_torchvision_copy(source: Path | None = None) -> Path:
 
 def check_sum(file: Path, md5: str):
     """Raises `InputError` for a `file` with another MD5 sum."""
-    if not check_integrity(file, md5): raise InputError(f'{file} is damaged or missing; copy or download it again')
+    if not check_integrity(file, md5):
+        raise InputError(f'{file} is missing or not the original; copy or download it again')
 
 
 def is_disk_error(e: Exception) -> bool:

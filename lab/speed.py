@@ -229,4 +229,5 @@ def device_name(device: torch.device) -> str:
     several = f'{RANKS} × ' if RANKS > 1 else ''
     if device.type == 'cuda': return several + torch.cuda.get_device_name(device)
     name = cpu_capabilities().get('cpu_name') or platform.machine()
-    return f'{several}{device.type}, {name}, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    return f'{several}{device.type}, {name}, {threads} thread{"s" * (threads > 1)}'

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LR_MAX, LR_MIN, fit, one_cycle
-from fastai.vision.all import Callback, SaveModelCallback, accuracy
+from fastai.vision.all import Callback, CancelValidException, SaveModelCallback, accuracy
 from torch import nn
 
 from callbacks import SeedEpochs
@@ -320,3 +320,19 @@ def test_a_nan_before_the_first_best_epoch_is_reported_whatever_another_callback
     with pytest.raises(RunError, match='not finite at batch 1 of 3 of epoch 1'):  # not that there is no file to load
         fit(learn, cbs=[SaveModelCallback(), Spoil()])
     assert not learn.fitting
+
+
+@pytest.mark.parametrize('order', [-100, 100])
+@pytest.mark.parametrize('event', ['before_validate', 'after_batch'])
+def test_a_test_that_is_skipped_or_cut_short_keeps_the_answers_of_the_last_whole_one(dls, tmp_path, order, event):
+    class Skip(Callback):
+        def __call__(self, event_name):
+            if event_name == event and not (event == 'after_batch' and self.training): raise CancelValidException
+    learn = fit(get_learner(dls, precision='fp32', ema=0, path=tmp_path), 1)
+    before = learn.misclassified.log_probs.clone()
+    skip = Skip()
+    skip.order = order
+    fit(learn, 2, cbs=skip)
+    assert torch.equal(learn.misclassified.log_probs, before)
+    fit(learn, 1)
+    assert not torch.equal(learn.misclassified.log_probs, before)

@@ -253,7 +253,7 @@ def test_a_damaged_batch_file_is_named_and_not_opened(home, batches, tmp_path, c
     if name == CIFAR10.filename: shutil.rmtree(batches/CIFAR10.base_folder)
     monkeypatch.setattr(pickle, 'load', None)
     message = ends(capsys, 2, main, data=batches, out=tmp_path/'out')
-    assert message == f'error: {file} is damaged or missing; copy or download it again\n'
+    assert message == f'error: {file} is missing or not the original; copy or download it again\n'
     assert listing(home) == []
 
 

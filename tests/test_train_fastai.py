@@ -851,3 +851,11 @@ def test_environment_yml_installs_the_same_requirements():
     assert all(re.fullmatch(r'[\w-]+==[\d.]+(post\d+)?', line) for line in to_run + to_develop)
     assert set(named) <= {*to_run, *to_develop}
     assert {'torch==2.14.1', 'torchvision==0.29.1', 'fastai==2.8.12'} <= set(to_run)
+
+
+def test_a_network_made_by_a_function_has_the_initial_weights_of_the_seed(dls, tmp_path):
+    weights = [get_learner(dls, model=partial(ResNet, n_out=3), seed=seed, path=tmp_path).model.fc.weight
+               for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], get_learner(dls, seed=1, path=tmp_path).model.fc.weight)
