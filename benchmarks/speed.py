@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""What the parts of a run cost, as ratios of things measured side by side: in turn, in one process.
+"""What the parts of a run cost, as ratios of things measured side by side: in turn.
 
-    python benchmarks/speed.py                 # all three tables, about ten minutes on two CPU cores
-    python benchmarks/speed.py --only loader   # one of loader, step, epoch
+    python benchmarks/speed.py                                   # all four tables, in about a quarter of an hour
+    python benchmarks/speed.py --only loader                     # one of loader, step, batch, epoch
+    python benchmarks/speed.py --only batch --before ../earlier  # beside an earlier version, in that folder
+    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/speed.py    # on one thread
 
 Every round measures every row once; a figure is the median over the rounds.
 """
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -117,6 +120,24 @@ def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
             for name, s in seconds.items()}
 
 
+def run_batch(*args: str | Path) -> dict:
+    """What `batch.py` prints, from a process of its own."""
+    command = [sys.executable, Path(__file__).with_name('batch.py'), *args]
+    return json.loads(subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True).stdout)
+
+
+def batch(data: Path, bs: int, rounds: int, device: torch.device, before: str | None = None) -> dict:
+    """A training batch in a process of its own: a float32 step written without our code, and all that a fit does."""
+    calls = {'plain float32 step': ['plain'], 'through the Learner': ['learner']}
+    if before: calls['through the Learner, before'] = ['learner', '--root', before]
+    found = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, (what, *options) in calls.items(): found[name].append(run_batch(what, data, '--bs', bs, *options))
+    seconds = {name: float(np.median([o['seconds'] for o in runs])) for name, runs in found.items()}
+    return {name: dict(images_per_second=bs / s, ratio=seconds['plain float32 step'] / s,
+                       peak_mib=found[name][0]['peak_mib']) for name, s in seconds.items()}
+
+
 def epoch(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
     """An epoch of a run with its test and checkpoint, against the same steps on batches that lie ready."""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,16 +170,17 @@ def epoch(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
             for name, s in seconds.items()}
 
 
-TABLES = {f.__name__: f for f in (loader, step, epoch)}
+TABLES = {f.__name__: f for f in (loader, step, batch, epoch)}
 
 
 @call_parse
 def main(
     data: str = None,  # folder of images, as for train_fastai.py; fastai's CIFAR-10 if left out
-    only: Annotated[str, dict(choices=[*TABLES])] = None,  # one table; all three if left out
+    only: Annotated[str, dict(choices=[*TABLES])] = None,  # one table; all four if left out
     images: int = 10_240,  # training images that loader and epoch pass over; the test takes a fifth as many
     bs: int = 512,  # batch size
     rounds: int = 5,  # rounds of measurement
+    before: str = None,  # folder of an earlier version, for `batch`
     out: str = 'runs/speed.json',  # JSON file for the figures
 ):
     "Measure the parts of a run side by side, print tables of ratios and write them as JSON."
@@ -170,7 +192,8 @@ def main(
         classes = len((path/'train').ls())
         path = subset(path, Path(folder)/'images', images // classes, images // 5 // classes)
         for name in [only] if only else TABLES:
-            table = tables[name] = TABLES[name](path, bs, rounds, device)
+            options = dict(before=before) if name == 'batch' else {}
+            table = tables[name] = TABLES[name](path, bs, rounds, device, **options)
             print(f'\n{TABLES[name].__doc__}\n\n| {name} | ratio |\n|---|--:|', flush=True)
             for row, o in table.items(): print(f'| {row} | {o["ratio"]:.3g} |')
             Path(out).write_text(json.dumps(note | tables, indent=2) + '\n')

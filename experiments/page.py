@@ -15,7 +15,7 @@ from fastai.callback.schedule import combined_cos
 from fastcore.script import call_parse
 from matplotlib.figure import Figure
 
-from experiments.repeat import ARMS, DRAWN, PCT_START, load_results
+from experiments.repeat import ARMS, DRAWN, FINDERS, PCT_START, load_results
 from lab.report import format_rate
 from lab.report import table as make_table
 from lab.runs import save_figure, write_whole
@@ -43,6 +43,7 @@ def tabulate_seeds(runs: pd.DataFrame) -> str:
         rows += [(arm, r.seed, format_rate(r.lr_min), format_rate(r.lr_max), *(f'{100 * o:.2f} %' for o in r[shares]),
                   'none' if pd.isna(r.first_epoch_over_90) else int(r.first_epoch_over_90))
                  for _, r in group.iterrows()]
+        if len(group) == 1: continue
         means = [f'**{format_percent(group[share])}**' for share in shares]
         rows.append((f'**{arm}**', f'mean ± sd, N = {len(group)}', '', '', *means, ''))
     return make_table('| recipe | seed | LRMIN | LRMAX | training accuracy | test accuracy | flip averaging '
@@ -50,13 +51,13 @@ def tabulate_seeds(runs: pd.DataFrame) -> str:
 
 
 def tabulate_finders(runs: pd.DataFrame) -> str:
-    """A row per batch size and size of the data set: how far apart the finder's rates are."""
+    """A row per finder, batch size and size of the data set: how far apart the finder's rates are."""
     rows = []
-    for (bs, images), group in runs.groupby(['batch_size', 'train_images']):
+    for (bs, images, arm), group in runs.groupby(['batch_size', 'train_images', 'arm']):
         ratios = [f'{group[k].max() / group[k].min():.2g}' for k in ('lr_max', 'minimum')]
-        rows.append((bs, f'{images:,}', len(group), format_range(group.lr_min), format_range(group.lr_max), *ratios))
-    return make_table('| batch size | images | N | LRMIN | LRMAX | highest / lowest LRMAX | the same of `minimum` |\n'
-                      '|--:|--:|--:|--:|--:|--:|--:|', rows)
+        rows.append((arm, bs, f'{images:,}', len(group), *map(format_range, (group.lr_min, group.lr_max)), *ratios))
+    return make_table('| finder | batch size | images | N | LRMIN | LRMAX | highest / lowest LRMAX '
+                      '| the same of `minimum` |\n|---|--:|--:|--:|--:|--:|--:|--:|', rows)
 
 
 def tabulate_arms(runs: pd.DataFrame) -> str:
@@ -130,9 +131,10 @@ def write_command(runs: pd.DataFrame) -> str:
 
 
 TABLES = dict(seeds=tabulate_seeds, test=tabulate_arms, finder=tabulate_finders, schedule=tabulate_arms,
-              peak=tabulate_arms, ingredients=tabulate_arms)
+              peak=tabulate_arms, ingredients=tabulate_arms) | {'finder-length': tabulate_finders}
 FIGURES = dict(finder=draw_finders, schedule=draw_schedules)
-SIZE = ['epochs', 'every', 'batch_size']  # a section is about runs of one size, except that of the finders
+SIZE = ['epochs', 'every', 'batch_size']  # a section is about runs of one size
+SECTIONS = dict(seeds=[*SIZE, 'device', 'torch'], finder=['table']) | {'finder-length': ['table']}  # except these
 
 
 def make_section(runs: pd.DataFrame, folder: Path) -> str:
@@ -140,7 +142,7 @@ def make_section(runs: pd.DataFrame, folder: Path) -> str:
     table = runs.table.iloc[0]
     runs = runs.sort_values(['arm', 'ema', 'seed'], key=lambda c: c.map([*ARMS[table]].index) if c.name == 'arm' else c)
     r = runs.iloc[0]
-    name = table if table == 'finder' else f'{table}-{r.epochs}-{r.every}-{r.batch_size}'
+    name = table if table in FINDERS else f'{table}-{r.epochs}-{r.every}-{r.batch_size}'
     parts = [TABLES[table](runs)]
     if r.epochs: parts.insert(0, f'{r.epochs} epochs of {r.train_images:,} images, tested on {r.test_images:,}:')
     if table in FIGURES:
@@ -162,6 +164,6 @@ def main(
     for table in TABLES:
         runs = results[results.table == table]
         sections = [make_section(group, folder)
-                    for _, group in runs.groupby(SIZE if table != 'finder' else 'table')]
+                    for _, group in runs.groupby(SECTIONS.get(table, SIZE), dropna=False)]
         page = page.replace(f'{{{table}}}', '\n\n'.join(sections) or 'No runs.')
     write_whole(folder/'README.md', page.encode())

@@ -3,6 +3,7 @@
 
     python -m experiments.repeat seeds --seeds 42,43                 # train_fastai.py as it is
     python -m experiments.repeat finder --seeds 42,43                # its learning-rate finder alone
+    python -m experiments.repeat finder-length --seeds 42,43         # the finder with other batches
     python -m experiments.repeat schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, on the test set
     python -m experiments.repeat peak --seeds 42,43                  # LRMAX as found, a third of it, three times it
     python -m experiments.repeat ingredients --seeds 42,43           # recipes, on a held-out tenth of the training set
@@ -28,7 +29,8 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 
-from callbacks import MovingAverage
+from callbacks import MovingAverage, SeedEpochs
+from lab import finder
 from lab.evaluate import get_log_probs
 from lab.learner import fused_adam, replaced
 from lab.runs import Checkpoint, load_state, write_whole
@@ -39,9 +41,10 @@ from train_fastai import MEAN_COLOUR, PCT_START, Cutout, FlipLR, Options, PadCro
 from train_fastai import main as train_fastai
 
 # What an arm can change. `div_final` is fastai's; without one the cycle ends at LRMIN.
-RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, padding='reflect', eps=1e-5, lr_max_factor=1.,
-              div_final=None)
+RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, padding='reflect', flips='independent',
+              eps=1e-5, lr_max_factor=1., div_final=None)
 HALF, QUARTER = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4)
+HALF_WD, ALTERNATING = HALF | dict(wd=0.2), dict(flips='alternating')
 PLAIN = dict(wd=0.01, label_smoothing=0., padding='mean-colour')
 ARMS = dict(
     seeds={'experiment': {}, 'lr-max-quarter': QUARTER | dict(ema=0.995)},
@@ -51,7 +54,11 @@ ARMS = dict(
         'smoothing-0': dict(label_smoothing=0.), 'smoothing-0.2': dict(label_smoothing=0.2),
         'pad-mean-colour': dict(padding='mean-colour'), 'eps-1e-8': dict(eps=1e-8),
         'lr-max-double': dict(lr_max_factor=2.),
-        'lr-max-half': HALF, 'lr-max-half-wd-0.2': HALF | dict(wd=0.2), 'lr-max-half-wd-0.4': HALF | dict(wd=0.4),
+        'alternating-flips': ALTERNATING, 'alternating-flips-smoothing-0.2': ALTERNATING | dict(label_smoothing=0.2),
+        'lr-max-half': HALF, 'lr-max-half-wd-0.2': HALF_WD, 'lr-max-half-wd-0.4': HALF | dict(wd=0.4),
+        'lr-max-half-wd-0.2-smoothing-0.2': HALF_WD | dict(label_smoothing=0.2),
+        'lr-max-half-wd-0.2-alternating-flips': HALF_WD | ALTERNATING,
+        'lr-max-half-wd-0.2-alternating-flips-smoothing-0.2': HALF_WD | ALTERNATING | dict(label_smoothing=0.2),
         'lr-max-quarter': QUARTER, 'lr-max-quarter-wd-0.2': QUARTER | dict(wd=0.2),
         'lr-max-quarter-eps-1e-8': QUARTER | dict(eps=1e-8),
         'lr-max-quarter-smoothing-0': QUARTER | dict(label_smoothing=0.),
@@ -62,11 +69,14 @@ ARMS = dict(
               'div-final-1e5-annihilates': dict(div_final=1e5)},
     peak={'lr-max': {}, 'lr-max-third': dict(lr_max_factor=1/3), 'lr-max-threefold': dict(lr_max_factor=3.)})
 ARMS['test'] = ARMS['ingredients']
+ARMS['finder-length'] = {f'{num_it}-of-{size}': dict(num_it=num_it, size=size)
+                         for size, num_it in itertools.product((512, 256), (100, 50))}
+FINDERS = 'finder', 'finder-length'
 DECAYS = 0.99, 0.995, 0.998  # per step, of the moving averages that every run keeps
 KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']  # a finder has 0 epochs
 COLUMNS = [*KEY, 'train_images', 'test_images', 'lr_min', 'lr_max', 'div_final', 'minimum', 'wd', 'label_smoothing',
-           'padding', 'eps', 'ema', 'accuracy', 'accuracy_flip', 'test_loss', 'train_accuracy', 'first_epoch_over_90',
-           'seconds_training', 'seconds_total', 'precision', 'device', 'torch', 'fastai']
+           'padding', 'flips', 'eps', 'ema', 'accuracy', 'accuracy_flip', 'test_loss', 'train_accuracy',
+           'first_epoch_over_90', 'seconds_training', 'seconds_total', 'precision', 'device', 'torch', 'fastai']
 DRAWN = 512  # only finders with batches of this size from all images keep their curves, in finder.csv
 
 
@@ -74,7 +84,7 @@ def load_results(folder: Path) -> pd.DataFrame:
     """The rows of `results.csv` in `folder`, exactly as they were measured."""
     file = folder/'results.csv'
     if not file.exists(): return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(file, float_precision='round_trip', dtype=dict(torch=str, fastai=str))
+    return pd.read_csv(file, dtype=dict(torch=str, fastai=str))
 
 
 def is_done(folder: Path, job: dict) -> bool:
@@ -90,10 +100,10 @@ def add_rows(file: Path, rows: list[dict], columns: list[str]):
         write_whole(file, old + new.encode())
 
 
-def make_tfms(padding: str) -> list[Transform]:
-    """The experiment's augmentations with `padding`, 'reflect' or 'mean-colour'."""
+def make_tfms(padding: str, flips: str = 'independent') -> list[Transform]:
+    """The experiment's augmentations with `padding`, 'reflect' or 'mean-colour'; `AlternateFlips` flips otherwise."""
     pad = PadCrop(4) if padding == 'reflect' else PadCrop(4, padding_mode='constant', fill=MEAN_COLOUR)
-    return [pad, FlipLR(), Cutout(8)]
+    return [pad, *([FlipLR()] if flips == 'independent' else []), Cutout(8)]
 
 
 def hold_out(path: Path, to: Path, every: int = 10) -> Path:
@@ -103,6 +113,23 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
         for i, file in enumerate(folder.ls().sorted()):
             (to/('train' if i % every else 'test')/folder.name/file.name).symlink_to(file.resolve())
     return to
+
+
+class AlternateFlips(Callback):
+    """Mirrors every training image in every other epoch (arXiv:2404.00498); `seed` draws for each when it begins."""
+    order = SeedEpochs.order + 1  # before the loader makes a batch
+
+    def __init__(self, seed: int): self.seed = seed
+
+    def before_fit(self):
+        self.images = self.dls.train_ds.images
+        odd = torch.rand(len(self.images), generator=torch.Generator().manual_seed(self.seed)) < 0.5
+        self.odd = odd.to(self.images.device)[:, None, None, None]
+
+    def before_train(self):
+        self.dls.train_ds.images = torch.where(self.odd ^ bool(self.epoch % 2), self.images.flip(-1), self.images)
+
+    def after_fit(self): self.dls.train_ds.images = self.images
 
 
 class KeepAverages(Callback):
@@ -151,10 +178,15 @@ def run_experiment(arm: dict, data: str | None, path: Path, bs: int, seed: int, 
         accuracy_flip=evaluate(learn, learn.model)['accuracy_flip'])
 
 
-def run_finder(dls: DataLoaders, seed: int, folder: str) -> tuple[dict, list[dict]]:
-    """Run the LR finder alone; return its row, with fastai's `minimum` suggestion for the peak, and its curve."""
+def run_finder(dls: DataLoaders, seed: int, folder: str, num_it: int = 100,
+               size: int = finder.LARGE_BATCH) -> tuple[dict, list[dict]]:
+    """Run the LR finder alone, for `num_it` batches of `size` images at most; return its row and its curve.
+
+    The row has fastai's `minimum` suggestion for the peak, too.
+    """
     learn = get_learner(dls, seed=seed, path=folder)
-    lr_min, lr_max = find_lrs(learn)
+    with replaced(finder, 'LARGE_BATCH', size), replaced(learn, 'lr_find', partial(learn.lr_find, num_it=num_it)):
+        lr_min, lr_max = find_lrs(learn)
     curve = [dict(seed=seed, lr=lr, loss=float(loss))
              for lr, loss in zip(learn.recorder.lrs, learn.recorder.losses, strict=True)]
     lowest = min(curve[10:-5], key=lambda o: o['loss'])['lr']  # fastai leaves out both ends
@@ -174,6 +206,7 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs
     learn = get_learner(dls, opt_func=partial(fused_adam, eps=recipe['eps']), wd=recipe['wd'],
                         label_smoothing=recipe['label_smoothing'], ema=0, seed=seed, path=folder)
     cbs = [keeper := KeepAverages()]
+    if recipe['flips'] == 'alternating': cbs.append(AlternateFlips(seed))
     if checkpoints: cbs.append(Checkpoint(dict(lrs=(lr_min, lr_max)), state))
     learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START, cbs=cbs)
     h = learn.history
@@ -207,22 +240,24 @@ def main(
         if table in ('ingredients', 'peak'): path = hold_out(path, Path(tmp))
 
         @functools.cache
-        def load(padding: str = 'reflect') -> DataLoaders: return get_dls(path, bs, every, make_tfms(padding))
+        def load(padding: str = 'reflect', flips: str = 'independent') -> DataLoaders:
+            return get_dls(path, bs, every, make_tfms(padding, flips))
 
         @functools.cache
         def find_rates(seed: int): return find_lrs(get_learner(load(), seed=seed, path=tmp))
 
         def run(arm: dict, seed: int, folder: Path) -> list[dict]:
             if table == 'seeds': return [run_experiment(arm, data, path, bs, seed, epochs, folder)]
-            if table != 'finder':
-                dls = load(arm.get('padding', 'reflect'))
+            if table not in FINDERS:
+                dls = load(**{k: v for k, v in arm.items() if k in ('padding', 'flips')})
                 return train(dls, arm, seed, epochs, folder, find_rates(seed), not no_checkpoint)
-            row, curve = run_finder(load(), seed, tmp)
-            if (bs, every) == (DRAWN, 1): add_rows(out/'finder.csv', curve, ['seed', 'lr', 'loss'])
+            row, curve = run_finder(load(), seed, tmp, **arm)
+            drawn = table == 'finder' and (bs, every) == (DRAWN, 1)
+            if drawn: add_rows(out/'finder.csv', curve, ['seed', 'lr', 'loss'])
             return [row]
 
         for seed, name in itertools.product(map(int, seeds.split(',')), names):
-            job = dict(zip(KEY, (table, name, seed, 0 if table == 'finder' else epochs, bs, every), strict=True))
+            job = dict(zip(KEY, (table, name, seed, 0 if table in FINDERS else epochs, bs, every), strict=True))
             if is_done(out, job) or time.perf_counter() - start > 60 * minutes: continue
             folder = out/'-'.join(map(str, job.values()))
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ PEAK_SHARE = 0.4  # of the middle of the basin
 CLOSE = 0.1  # a loss is close to the least within this share of the whole descent
 # With batches of 8 single finders differed by factors of 10 to 19, their median of seven by 2.8; with 32 by 4.1.
 SMALL_BATCH, FINDERS = 32, 7
+LARGE_BATCH = 256  # rates found with it, times the square root of 2, are those found with 512, and spread no more
 MIN_BATCHES = 25  # an epoch of fewer batches trains so little that seven finders would take longer than the run
 
 
@@ -41,22 +42,27 @@ def median_lrs(learn: Learner, find: Callable) -> tuple[float, float]:
     """(LRMIN, LRMAX) of the `find()` with the median LRMAX of several, which run `learn.lr_find`; it stays recorded.
 
     One finder is enough unless batches are smaller than `SMALL_BATCH`; then all but the first start from other initial
-    weights and see other batches. LRMIN is at most a tenth of LRMAX. Raises `RunError` if none has a usable answer.
+    weights and see other batches. A finder sees batches of `LARGE_BATCH` at most, since larger ones take longer; its
+    rates, and those of its curve, are then multiplied by the square root of the ratio, which is Adam's rule
+    (arXiv:2205.10287). LRMIN is at most a tenth of LRMAX. Raises `RunError` if none has a usable answer.
     """
-    found, seed = [], learn.seed_epochs.seed
+    found, seed, factor = [], learn.seed_epochs.seed, max(learn.dls.bs / LARGE_BATCH, 1) ** 0.5
     several = learn.dls.bs < SMALL_BATCH and len(learn.dls.train) >= MIN_BATCHES
     for i in range(FINDERS if several else 1):
         other = reinitialised(learn, (seed + 1000 * i) % 2**32) if i else contextlib.nullcontext()
+        smaller = replaced(learn.dls.train, 'bs', LARGE_BATCH) if factor > 1 else contextlib.nullcontext()
         try:
-            with tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp), other: lr_min, lr_max = find()
+            with tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp), smaller, other:
+                lr_min, lr_max = find()
             if not (0 < lr_min < float('inf') and 0 < lr_max < float('inf')): raise ValueError('no usable rates')
             found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))
         except (IndexError, ValueError) as e:  # too few finite losses
             finite = [bool(torch.isfinite(o)) for o in learn.recorder.losses]
             trouble = one_line(e) if all(finite) else f'the loss was not finite from batch {finite.index(False) + 1} on'
     if not found: raise RunError(f'the LR finder failed ({trouble}); set --lr-min and --lr-max')
-    lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses = sorted(found)[len(found) // 2]
-    return min(lr_min, lr_max / 10), lr_max
+    lr_max, lr_min, lrs, learn.recorder.losses = sorted(found)[len(found) // 2]
+    learn.recorder.lrs = [factor * lr for lr in lrs]
+    return factor * min(lr_min, lr_max / 10), factor * lr_max
 
 
 def plot_lrs(recorder: Recorder, lr_min: float, lr_max: float):

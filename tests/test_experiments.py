@@ -77,9 +77,23 @@ def test_the_finder_gives_what_the_experiment_takes(options, tmp_path, monkeypat
     assert (r.seed, r.epochs, r.train_images) == (4, 0, 60)
     lrs, losses = learn.recorder.lrs, [float(loss) for loss in learn.recorder.losses]
     assert r.minimum == lrs[10 + losses[10:-5].index(min(losses[10:-5]))] / 10
-    curve = pd.read_csv(options['out']/'finder.csv', float_precision='round_trip')
+    curve = pd.read_csv(options['out']/'finder.csv')
     assert (curve.lr.tolist(), curve.loss.tolist()) == (lrs, losses)
     assert {*curve.seed} == {4}
+
+
+def test_the_finders_of_other_lengths_see_what_they_say(options, tmp_path, monkeypatch):
+    monkeypatch.setitem(repeat.ARMS, 'finder-length', {
+        f'{n}-of-{size}': dict(num_it=n, size=size) for n, size in ((100, 6), (50, 6), (100, 3))})
+    repeat.main('finder-length', seeds='3', **options)
+    runs = repeat.load_results(options['out']).set_index('arm')
+    learn = get_learner(get_dls(options['data'], bs=6), seed=3, path=tmp_path)
+    assert tuple(runs.loc['100-of-6', ['lr_min', 'lr_max']]) == find_lrs(learn)
+    halves = find_lrs(get_learner(get_dls(options['data'], bs=3), seed=3, path=tmp_path))
+    assert tuple(runs.loc['100-of-3', ['lr_min', 'lr_max']]) == pytest.approx([2**0.5 * lr for lr in halves])
+    assert runs.lr_max.nunique() == 3
+    assert {*runs.batch_size} == {6}
+    assert not (options['out']/'finder.csv').exists()
 
 
 def test_the_peak_is_as_found_a_third_and_three_times_of_it(options, tmp_path):
@@ -139,7 +153,7 @@ def test_no_row_is_lost_when_several_write_at_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:  # each opens the lock for itself, as a process would
         tasks = [pool.submit(repeat.add_rows, file, [dict(n=n, x=n / 7)], ['n', 'x']) for n in range(40)]
         for task in tasks: task.result()
-    rows = pd.read_csv(file, float_precision='round_trip').sort_values('n')
+    rows = pd.read_csv(file).sort_values('n')
     assert rows.n.tolist() == [*range(40)]
     assert rows.x.tolist() == [n / 7 for n in range(40)]
 
@@ -208,13 +222,13 @@ def test_the_published_page_is_that_of_the_published_results(tmp_path):
     assert {f.name for f in tmp_path.glob('*.png')} == {f.name for f in published.glob('*.png')}
     results = repeat.load_results(published)
     assert [*results] == repeat.COLUMNS
-    assert not results.duplicated([*repeat.KEY, 'ema']).any()
+    assert not results.duplicated([*repeat.KEY, 'ema', 'device', 'torch']).any()
 
 
 def test_the_findings_are_those_of_the_published_results():
     found = ' '.join((ROOT/'experiments/page.md').read_text().split())
     results = repeat.load_results(ROOT/'experiments')
-    seeds = results[results.table == 'seeds'].set_index(['arm', 'seed'])
+    seeds = results[(results.table == 'seeds') & results.device.str.contains('H100')].set_index(['arm', 'seed'])
     default, quarter = (seeds.loc[arm] for arm in ('experiment', 'lr-max-quarter'))
     means = [page.format_percent(default[k]) for k in ('accuracy', 'accuracy_flip')]
     assert f'**{means[0]}** after 24 epochs ({means[1]} with flip averaging)' in found
@@ -256,6 +270,12 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path):
     assert text.startswith('That was found.\n\n24 epochs of 50,000 images, tested on 10,000:\n')
     assert text.endswith('No runs.')
     assert 'experiments.repeat seeds --seeds 9,10 --arms experiment --epochs 24\n' in text
+    put(tmp_path, table='seeds', arm='experiment', seed=9, accuracy=0.95, first_epoch_over_90=8, device='beads')
+    text = make_page(tmp_path)
+    assert [line.split(' | ')[5] for line in text.splitlines() if line.startswith('| experiment | 9 |')] == [
+        '91.00 %', '95.00 %'], 'on each device its own table'
+    assert text.count('mean ± sd') == 1, 'a single run has none'
+    assert 'Device: beads, torch 2.0, fastai 2.8.' in text
 
 
 def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
@@ -300,8 +320,8 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
         repeat.add_rows(tmp_path/'finder.csv', [dict(seed=seed, lr=lr, loss=loss) for lr, loss in curve],
                         ['seed', 'lr', 'loss'])
     text = make_page(tmp_path)
-    assert row(text, '512') == ['50,000', '2', '1.00·10⁻⁴', '1.00·10⁻³ to 4.00·10⁻³', '4', '2']
-    assert row(text, '8') == ['1,000', '2', '5.00·10⁻⁵', '5.00·10⁻⁴ to 2.00·10⁻³', '4', '2']
+    assert row(text, 'lr-find', '512') == ['50,000', '2', '1.00·10⁻⁴', '1.00·10⁻³ to 4.00·10⁻³', '4', '2']
+    assert row(text, 'lr-find', '8') == ['1,000', '2', '5.00·10⁻⁵', '5.00·10⁻⁴ to 2.00·10⁻³', '4', '2']
     ax, = page.draw_finders(repeat.load_results(tmp_path), tmp_path).axes
     marks = [tuple(float(o[0]) for o in line.get_data()) for line in ax.lines if line.get_marker() == 's']
     assert marks == [(1e-3, 1.), (4e-3, 0.5)]
@@ -312,16 +332,22 @@ def test_the_finders_rates_lie_on_its_curves(tmp_path):
 
 
 def put_averaged(folder, arm, seed, share):
-    put(folder, table='ingredients', arm=arm, seed=seed, ema=0.995, accuracy=share, accuracy_flip=share)
+    put(folder, table='ingredients', arm=arm, seed=seed, ema=0.99, accuracy=share)
 
 
 def test_the_best_arm_is_that_of_the_seeds_that_most_have(tmp_path):
-    with pytest.raises(ValueError, match='empty'): gpu.choose_best(tmp_path)
+    arms, seeds = ('default', 'wd-0.2', 'wd-0.4'), (1, 2)
+    with pytest.raises(ValueError, match='empty'): gpu.choose_best(tmp_path, 'best', arms, seeds, time.time() - 1)
     for arm, seed, share in (('default', 1, 0.92), ('default', 2, 0.92), ('wd-0.2', 1, 0.91), ('wd-0.2', 2, 0.94),
-                             ('wd-0.4', 1, 0.99)): put_averaged(tmp_path, arm, seed, share)
-    assert gpu.choose_best(tmp_path) == 'wd-0.2'
-    put_averaged(tmp_path, 'default', 3, 0.99)
-    assert gpu.choose_best(tmp_path) == 'wd-0.2', 'chosen again'
+                             ('wd-0.4', 1, 0.99), ('wd-0.05', 1, 0.99), ('wd-0.05', 2, 0.99), ('default', 3, 0.99)):
+        put_averaged(tmp_path, arm, seed, share)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gpu.choose_best, tmp_path, 'later', arms, seeds, time.time() + 60)
+        assert gpu.choose_best(tmp_path, 'best', arms, seeds, time.time() - 1) == 'wd-0.2'
+        assert not waiting.done(), 'one is missing'
+        put_averaged(tmp_path, 'wd-0.4', 2, 0.98)
+        assert waiting.result() == 'wd-0.4'
+    assert gpu.choose_best(tmp_path, 'best', arms, seeds, time.time() - 1) == 'wd-0.2', 'chosen again'
 
 
 def test_a_command_that_fails_or_takes_too_long_ends_and_leaves_its_output(tmp_path, capsys):
@@ -331,22 +357,51 @@ def test_a_command_that_fails_or_takes_too_long_ends_and_leaves_its_output(tmp_p
     assert [line.split(',')[0] for line in capsys.readouterr().out.splitlines()] == ['a: 3', 'b: time is up']
 
 
-def test_each_process_works_through_all_tables_until_time_is_up(tmp_path, monkeypatch):
-    done, minutes, seeds = [], [], '42,43,44,45,46'
-    put_averaged(tmp_path, 'wd-0.2', 42, 0.9)
-    def main(table, **options):
-        done.append((table, options.get('arms'), options['seeds'], options.get('bs'), options.get('every')))
+def test_each_process_compares_recipes_and_tests_the_best(tmp_path, monkeypatch):
+    done, minutes, half = [], [], 'lr-max-half-wd-0.2'
+    def main(table, arms, seeds, **options):
+        done.append((table, arms, seeds))
         assert (options['data'], options['out'], options['no_checkpoint']) == ('d', tmp_path, True)
         minutes.append(options['minutes'])
-        if table == 'schedule': raise RuntimeError('out of memory')
+        for arm, seed in product(arms.split(','), map(int, seeds.split(','))):
+            put_averaged(tmp_path, arm, seed, 0.93 + 0.001 * len(arm))
     monkeypatch.setattr(repeat, 'main', main)
     gpu.work(1, tmp_path, 'd', time.time() + 600)
-    assert done[:6] == [('seeds', 'experiment', seeds, None, None), ('ingredients', None, seeds, None, None),
-                        ('test', 'wd-0.2', seeds, None, None), ('test', 'plain', '42,43', None, None),
-                        ('schedule', None, '42,43', None, None), ('peak', None, '42', None, None)]
-    assert minutes[:6] == pytest.approx([10, 6, 8.5, 10, 10, 10], abs=0.1)
-    assert ('finder', None, '0,1,2,3,4,5,6,7,8,9', 8, 50) in done[6:]
-    assert 'out of memory' in (tmp_path/'worker-1.log').read_text()
+    changes = gpu.CHANGES[half]
+    best = max(changes, key=len)
+    assert done == [('ingredients', f'default,{half}', '42,43,44'), ('ingredients', ','.join(changes), '42,43,44'),
+                    ('test', f'default,{best}', '47,48,49,50,51')]
+    assert minutes == pytest.approx([6.5, 6.5, 10], abs=0.1)
+    assert not {*map(int, done[-1][2].split(','))} & {*repeat.load_results(ROOT/'experiments').seed}, 'not new'
     done.clear()
     gpu.work(2, tmp_path, 'd', time.time() - 1)
     assert done == []
+    monkeypatch.setattr(repeat, 'main', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('out of memory')))
+    gpu.work(3, tmp_path, 'd', time.time() + 600)
+    assert 'out of memory' in (tmp_path/'worker-3.log').read_text()
+
+
+@pytest.mark.parametrize('base', gpu.BASES)
+def test_the_changes_of_a_base_are_what_they_say(base):
+    recipe, arms = repeat.RECIPE | repeat.ARMS['ingredients'][base], repeat.ARMS['test']
+    for arm, change in zip(gpu.CHANGES[base], (
+            dict(label_smoothing=0.2), dict(flips='alternating'), dict(flips='alternating', label_smoothing=0.2),
+            dict(wd=2 * recipe['wd'])), strict=True): assert repeat.RECIPE | arms[arm] == recipe | change
+
+
+def test_alternating_flips_mirror_each_image_in_every_other_epoch(tmp_path):
+    dls = get_dls(make_folder(tmp_path/'d', train=20), bs=6, item_tfms=repeat.make_tfms('reflect', 'alternating'))
+    images, seen = dls.train_ds.images.clone(), []
+    class Look(Callback):
+        def after_train(self): seen.append(dls.train_ds.images.clone())
+    for seed in (1, 2):
+        get_learner(dls, seed=seed, path=tmp_path).fit(3, cbs=[repeat.AlternateFlips(seed), Look()])
+        assert dls.train_ds.images.equal(images), 'afterwards they are as they were'
+    for first, second, third in (seen[:3], seen[3:]):
+        mirrored = [(a == b.flip(-1)).flatten(1).all(1) for a, b in ((first, second), (first, images))]
+        assert mirrored[0].all()
+        assert third.equal(first)
+        assert 15 < mirrored[1].sum() < 45, 'about half of the 60 begin mirrored'
+    assert not seen[0].equal(seen[3]), 'another seed'
+
+

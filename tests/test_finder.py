@@ -8,6 +8,7 @@ import torch
 from conftest import Interrupt, fit, make_folder
 from fastai.vision.all import Callback
 
+from lab import finder
 from lab.errors import RunError
 from lab.finder import basin
 from lab.learner import RobustLearner
@@ -92,6 +93,21 @@ def test_each_finder_has_other_weights_and_batches(tmp_path):
     curve, *marks = plt.gca().lines
     assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([lr_min, lr_max], rel=0.2)  # on the curve
     assert list(curve.get_xdata()) == learn.recorder.lrs[:-5]
+
+
+def test_of_large_batches_the_finder_sees_a_part(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(finder, 'LARGE_BATCH', 4)
+    sizes, found, curves = [], [], []
+    class See(Callback):
+        def before_batch(self): sizes.append(len(self.x))
+    for bs in (4, 8):
+        learn = get_learner(get_dls(folder, bs=bs), precision='fp32', path=tmp_path)
+        with learn.added_cbs(See()): found.append(find_lrs(learn))
+        curves.append(learn.recorder.lrs)
+        assert {*sizes} == {4}
+        assert learn.dls.bs == learn.dls.one_batch()[0].shape[0] == bs, 'afterwards'
+    assert found[1] == pytest.approx([2**0.5 * lr for lr in found[0]])
+    assert curves[1] == pytest.approx([2**0.5 * lr for lr in curves[0]])
 
 
 @pytest.mark.parametrize('bs', [4, 8, 24])

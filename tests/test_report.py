@@ -86,6 +86,9 @@ def test_it_sets_what_was_done_beside_what_was_asked():
                  'falls towards 1.60·10⁻⁴, where it started: no annihilation. The last batch has 1.60·10⁻⁴.'):
         assert part in prose, part
     assert 'quick look' not in text.lower()
+    part = 'The finder sees batches of 256 images.'
+    assert part in text
+    assert part not in report(batch_size=256)
 
 
 def test_it_says_what_was_different():
