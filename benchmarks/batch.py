@@ -3,12 +3,13 @@
 
     python benchmarks/batch.py plain DATA      # an eager float32 step of a network written without ours, with Adam
     python benchmarks/batch.py learner DATA    # through the `Learner`, with everything that it does in a fit
-    python benchmarks/batch.py learner DATA --root ../earlier    # through that of an earlier version in this folder
+    python benchmarks/batch.py learner DATA --root ../earlier    # the same of the earlier version in that folder
 
-Prints the median seconds of a batch and the peak memory of the process in MiB as JSON. `speed.py` runs it in turn.
+Prints the median seconds of a batch and the peak memory of the process in MiB as JSON. `speed.py` runs them in turn.
 """
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -78,11 +79,10 @@ def time_learner(learn, n: int) -> list[float]:
     return times
 
 
-def peak_memory() -> float | None:
-    """The most memory in MiB that this process has held; None where the system does not say."""
-    if sys.platform == 'win32': return None
-    import resource  # which Windows lacks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+def peak_memory() -> int | None:
+    """The most memory in MiB that this process has held; None where Linux does not say it."""
+    status = Path('/proc/self/status')  # `getrusage` would include the parent's, up to the start of this program
+    return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text())[1]) // 1024 if status.exists() else None
 
 
 def main(args: list[str] | None = None):
@@ -92,14 +92,15 @@ def main(args: list[str] | None = None):
     parser.add_argument('data', help='folder of images')
     parser.add_argument('--root', default=Path(__file__).parents[1], help='folder of the version to measure')
     parser.add_argument('--bs', type=int, default=512, help='batch size')
-    parser.add_argument('--batches', type=int, default=12, help=f'batches, of which the first {WARM_UP} do not count')
+    parser.add_argument('--batches', type=int, default=8, help=f'that count; {WARM_UP} more come first')
     o = parser.parse_args(args)
     sys.path.insert(0, str(o.root))
     from train_fastai import get_dls, get_learner
     dls = get_dls(o.data, o.bs)
-    if o.what == 'plain': times = time_plain(dls.one_batch(), o.batches)
+    n = WARM_UP + o.batches + 1
+    if o.what == 'plain': times = time_plain(dls.one_batch(), n)
     else:
-        with tempfile.TemporaryDirectory() as folder: times = time_learner(get_learner(dls, path=folder), o.batches)
+        with tempfile.TemporaryDirectory() as folder: times = time_learner(get_learner(dls, path=folder), n)
     seconds = [after - before for before, after in pairwise(times[WARM_UP:])]
     print(json.dumps(dict(seconds=median(seconds), peak_mib=peak_memory())))
 

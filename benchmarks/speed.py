@@ -121,9 +121,10 @@ def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
 
 
 def run_batch(*args: str | Path) -> dict:
-    """What `batch.py` prints, from a process of its own."""
+    """What `batch.py` measures in a process of its own."""
     command = [sys.executable, Path(__file__).with_name('batch.py'), *args]
-    return json.loads(subprocess.run([*map(str, command)], stdout=subprocess.PIPE, check=True).stdout)
+    printed = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(printed.splitlines()[-1])
 
 
 def batch(data: Path, bs: int, rounds: int, device: torch.device, before: str | None = None) -> dict:
@@ -135,7 +136,7 @@ def batch(data: Path, bs: int, rounds: int, device: torch.device, before: str | 
         for name, (what, *options) in calls.items(): found[name].append(run_batch(what, data, '--bs', bs, *options))
     seconds = {name: float(np.median([o['seconds'] for o in runs])) for name, runs in found.items()}
     return {name: dict(images_per_second=bs / s, ratio=seconds['plain float32 step'] / s,
-                       peak_mib=found[name][0]['peak_mib']) for name, s in seconds.items()}
+                       peak_mib=found[name][-1]['peak_mib']) for name, s in seconds.items()}
 
 
 def epoch(data: Path, bs: int, rounds: int, device: torch.device) -> dict:

@@ -54,7 +54,7 @@ def main(
     run = Path(run)
     test_files, weights = load_run(run, data).dls.valid_ds.items, halve(load_state(run/'model.pth'))
     shutil.rmtree(PUBLISHED, ignore_errors=True)
-    shutil.copytree(run, PUBLISHED, ignore=shutil.ignore_patterns('checkpoint.pth', '.lock'))
+    shutil.copytree(run, PUBLISHED, ignore=shutil.ignore_patterns('checkpoint.pth', '*.lock'))
     save_state(PUBLISHED/'model.pth', weights)
     learn, m = load_run(PUBLISHED), json.loads((PUBLISHED/'metrics.json').read_bytes())
     m['options']['out'] = None  # a folder of this machine

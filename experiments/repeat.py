@@ -20,6 +20,7 @@ import lab.errors  # isort: skip  # noqa: F401, before fastai, whose import warn
 
 import contextlib
 import functools
+import io
 import json
 import shutil
 from typing import Annotated
@@ -96,12 +97,14 @@ def add_rows(file: Path, rows: list[dict], columns: list[str]):
     """Append the `columns` of `rows` to a CSV file that other processes may be writing to."""
     with FileLock(f'{file}.lock'):
         old = file.read_bytes() if file.exists() else b''
+        if old and old.splitlines()[0] != ','.join(columns).encode():  # an earlier version had other columns
+            old = pd.read_csv(io.BytesIO(old), dtype=str).reindex(columns=columns).to_csv(index=False).encode()
         new = pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, header=not old)
         write_whole(file, old + new.encode())
 
 
 def make_tfms(padding: str, flips: str = 'independent') -> list[Transform]:
-    """The experiment's augmentations with `padding`, 'reflect' or 'mean-colour'; `AlternateFlips` flips otherwise."""
+    """The experiment's augmentations with `padding`, 'reflect' or 'mean-colour', and `flips`, 'independent' or none."""
     pad = PadCrop(4) if padding == 'reflect' else PadCrop(4, padding_mode='constant', fill=MEAN_COLOUR)
     return [pad, *([FlipLR()] if flips == 'independent' else []), Cutout(8)]
 
@@ -116,7 +119,10 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
 
 
 class AlternateFlips(Callback):
-    """Mirrors every training image in every other epoch (arXiv:2404.00498); `seed` draws for each when it begins."""
+    """Mirrors every training image in every other epoch (arXiv:2404.00498); `seed` decides which start mirrored.
+
+    It replaces the data set's images, for the caller to put back.
+    """
     order = SeedEpochs.order + 1  # before the loader makes a batch
 
     def __init__(self, seed: int): self.seed = seed
@@ -128,8 +134,6 @@ class AlternateFlips(Callback):
 
     def before_train(self):
         self.dls.train_ds.images = torch.where(self.odd ^ bool(self.epoch % 2), self.images.flip(-1), self.images)
-
-    def after_fit(self): self.dls.train_ds.images = self.images
 
 
 class KeepAverages(Callback):
@@ -189,7 +193,7 @@ def run_finder(dls: DataLoaders, seed: int, folder: str, num_it: int = 100,
         lr_min, lr_max = find_lrs(learn)
     curve = [dict(seed=seed, lr=lr, loss=float(loss))
              for lr, loss in zip(learn.recorder.lrs, learn.recorder.losses, strict=True)]
-    lowest = min(curve[10:-5], key=lambda o: o['loss'])['lr']  # fastai leaves out both ends
+    lowest = min(curve[num_it // 10:-5], key=lambda o: o['loss'])['lr']  # fastai leaves out both ends
     return RECIPE | describe(dls) | dict(lr_min=lr_min, lr_max=lr_max, div_final=None, minimum=lowest / 10), curve
 
 
@@ -208,7 +212,8 @@ def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs
     cbs = [keeper := KeepAverages()]
     if recipe['flips'] == 'alternating': cbs.append(AlternateFlips(seed))
     if checkpoints: cbs.append(Checkpoint(dict(lrs=(lr_min, lr_max)), state))
-    learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START, cbs=cbs)
+    with replaced(dls.train_ds, 'images', dls.train_ds.images):  # also after an interruption
+        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START, cbs=cbs)
     h = learn.history
     row = recipe | describe(dls) | dict(
         lr_min=lr_min, lr_max=lr_max, div_final=div_final, train_accuracy=h.rows[-1]['train_accuracy'],

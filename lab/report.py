@@ -115,7 +115,7 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 
 ## Learning rates
 {FINDER if finder else ''}{SEVERAL if finder and m['batch_size'] < SMALL_BATCH else ''}\
-{PART if finder and m['batch_size'] > LARGE_BATCH else ''}
+{PART if finder and m['batch_size'] > LARGE_BATCH and recipe['optimizer'] in ('Adam', 'AdamW') else ''}
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},

@@ -76,7 +76,7 @@ from lab.errors import InputError
 from lab.evaluate import get_log_probs
 from lab.speed import SideBySideConv2d
 from predict import load_run
-from train_fastai import get_dls, get_learner
+from train_fastai import find_lrs, get_dls, get_learner
 from train_fastai import main as train
 
 
@@ -383,6 +383,7 @@ def test_plain_torch_loaders(dls, tmp_path):
     learn.fit(3, 1e-2)
     assert learn.history.rows[-1]['test_accuracy'] > 0.9
     assert learn.lr_find(show_plot=False).valley > 0
+    assert 0 < find_lrs(learn)[0] < 10
     assert learn.get_preds(dl=plain.valid)[0].shape == (16, 2)  # fastai needs a loader of its own to find one
 
 
@@ -425,7 +426,6 @@ def test_predictions_within_a_fit_do_not_change_it(dls, tmp_path, precision, ema
 
 def test_the_finder_says_where_the_loss_went(dls, tmp_path):
     from lab.errors import RunError
-    from train_fastai import find_lrs
     learn = get_learner(dls, precision='fp32', path=tmp_path)
 
     class Explode(Callback):

@@ -18,6 +18,7 @@ from PIL import Image
 
 import train_fastai
 from experiments import gpu, page, repeat
+from lab import finder
 from lab.runs import Run, load_state
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, PadCrop, find_lrs, get_dls, get_learner
 
@@ -158,6 +159,13 @@ def test_no_row_is_lost_when_several_write_at_once(tmp_path):
     assert rows.x.tolist() == [n / 7 for n in range(40)]
 
 
+def test_a_table_of_an_earlier_version_gets_the_new_columns(tmp_path):
+    file = tmp_path/'rows.csv'
+    repeat.add_rows(file, [dict(a=1 / 3, b='x')], ['a', 'b'])
+    repeat.add_rows(file, [dict(a=0.5, b=None, new=2)], ['a', 'new', 'b'])
+    assert file.read_text() == f'a,new,b\n{1 / 3},,x\n0.5,2,\n'
+
+
 def test_padding_with_the_mean_colour(monkeypatch):
     x = torch.arange(2 * 3 * 32 * 32, dtype=torch.uint8).view(2, 3, 32, 32)
     pad, *others = repeat.make_tfms('mean-colour')
@@ -168,18 +176,20 @@ def test_padding_with_the_mean_colour(monkeypatch):
     assert [type(tfm) for tfm in others] == [FlipLR, Cutout]
 
 
-def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_left_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize('flips', ['independent', 'alternating'])
+def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_left_alone(tmp_path, monkeypatch, flips):
     class Stop(Callback):
         def before_batch(self):
             if self.training and self.epoch == 2: raise KeyboardInterrupt
-    dls = get_dls(make_folder(tmp_path/'d'), bs=8)
-    folders = [tmp_path/'one', tmp_path/'other']
+    dls = get_dls(make_folder(tmp_path/'d'), bs=8, item_tfms=repeat.make_tfms('reflect', flips))
+    folders, images = [tmp_path/'one', tmp_path/'other'], dls.train_ds.images.clone()
     for folder in folders: folder.mkdir()
-    recipe, lrs = (dict(wd=0.1), 1, 4), (1e-4, 1e-3)
+    recipe, lrs = (dict(wd=0.1, flips=flips), 1, 4), (1e-4, 1e-3)
     whole = repeat.train(dls, *recipe, folders[0], lrs)
     with monkeypatch.context() as m:
         m.setattr(repeat, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Stop()))
         with pytest.raises(KeyboardInterrupt): repeat.train(dls, *recipe, folders[1], lrs)
+    assert dls.train_ds.images.equal(images)
     resumed = repeat.train(dls, *recipe, folders[1], (2e-4, 2e-3))  # a GPU's finder may find others the second time
     for row in whole + resumed: del row['seconds_training']
     assert whole == resumed
@@ -253,6 +263,17 @@ def test_the_findings_are_those_of_the_published_results():
     schedule = results[results.table == 'schedule'].groupby('arm').accuracy.mean()
     costs = 100 * (schedule['ends-at-lrmin'] - schedule['div-final-1-holds-lrmax'])
     assert f'costs {costs:.1f} points in these short runs' in found
+    rates = results[results.table == 'finder-length'].pivot(index='seed', columns='arm', values='lr_max')
+    ratios = rates.div(rates['100-of-512'], axis=0)
+    def between(o): return f'{o.min():.2f} to {o.max():.2f} times'
+    assert f'√2, finds {between(ratios["100-of-256"])} the LRMAX that it finds with batches of 512' in found
+    spread, = {f'{o.max() / o.min():.2f}' for _, o in rates[['100-of-256', '100-of-512']].items()}
+    assert f'the same spread (a factor of {spread})' in found
+    assert f'it finds {between(ratios[["50-of-256", "50-of-512"]].stack())} the LRMAX of 100 batches of 512' in found
+    lowest = results[results.table == 'finder-length'].pivot(index='seed', columns='arm', values='lr_min')
+    assert f'and {between(lowest["100-of-256"] / lowest["100-of-512"])} the LRMIN' in found
+    assert rates['50-of-512'].idxmin() == rates['50-of-256'].idxmin() == rates['100-of-512'].idxmax()
+    assert (len(rates), finder.LARGE_BATCH) == (5, 256)
 
 
 def test_seeds_have_a_mean_and_a_deviation(tmp_path):
@@ -341,13 +362,14 @@ def test_the_best_arm_is_that_of_the_seeds_that_most_have(tmp_path):
     for arm, seed, share in (('default', 1, 0.92), ('default', 2, 0.92), ('wd-0.2', 1, 0.91), ('wd-0.2', 2, 0.94),
                              ('wd-0.4', 1, 0.99), ('wd-0.05', 1, 0.99), ('wd-0.05', 2, 0.99), ('default', 3, 0.99)):
         put_averaged(tmp_path, arm, seed, share)
+    past = time.time() - 1
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(gpu.choose_best, tmp_path, 'later', arms, seeds, time.time() + 60)
-        assert gpu.choose_best(tmp_path, 'best', arms, seeds, time.time() - 1) == 'wd-0.2'
+        waiting = pool.submit(gpu.choose_best, tmp_path, 'best', arms, seeds, time.time() + 60)
+        assert gpu.choose_best(tmp_path, 'best', arms, seeds, past) == 'wd-0.2'
         assert not waiting.done(), 'one is missing'
         put_averaged(tmp_path, 'wd-0.4', 2, 0.98)
         assert waiting.result() == 'wd-0.4'
-    assert gpu.choose_best(tmp_path, 'best', arms, seeds, time.time() - 1) == 'wd-0.2', 'chosen again'
+    assert gpu.choose_best(tmp_path, 'best', arms, seeds, past) == 'wd-0.2', 'chosen again'
 
 
 def test_a_command_that_fails_or_takes_too_long_ends_and_leaves_its_output(tmp_path, capsys):
@@ -366,18 +388,27 @@ def test_each_process_compares_recipes_and_tests_the_best(tmp_path, monkeypatch)
         for arm, seed in product(arms.split(','), map(int, seeds.split(','))):
             put_averaged(tmp_path, arm, seed, 0.93 + 0.001 * len(arm))
     monkeypatch.setattr(repeat, 'main', main)
-    gpu.work(1, tmp_path, 'd', time.time() + 600)
+    gpu.work(1, tmp_path, 'd', time.time() + 300, time.time() + 600)
     changes = gpu.CHANGES[half]
     best = max(changes, key=len)
-    assert done == [('ingredients', f'default,{half}', '42,43,44'), ('ingredients', ','.join(changes), '42,43,44'),
+    assert done == [('ingredients', f'default,{half}', '42'),
+                    ('ingredients', ','.join(('default', half, *changes)), '42,43,44'),
                     ('test', f'default,{best}', '47,48,49,50,51')]
-    assert minutes == pytest.approx([6.5, 6.5, 10], abs=0.1)
-    assert not {*map(int, done[-1][2].split(','))} & {*repeat.load_results(ROOT/'experiments').seed}, 'not new'
+    assert minutes == pytest.approx([5, 5, 10], abs=0.1)
+    results = repeat.load_results(ROOT/'experiments')
+    assert not {*gpu.TESTED} & {*results[results.table == 'seeds'].seed}, 'not new'
     done.clear()
-    gpu.work(2, tmp_path, 'd', time.time() - 1)
+    empty = tmp_path/'empty'
+    empty.mkdir()
+    gpu.work(2, empty, 'd', time.time() - 2, time.time() - 1)
     assert done == []
-    monkeypatch.setattr(repeat, 'main', lambda *a, **k: (_ for _ in ()).throw(RuntimeError('out of memory')))
-    gpu.work(3, tmp_path, 'd', time.time() + 600)
+    assert 'ValueError' in (empty/'worker-2.log').read_text(), 'nothing to choose from'
+    def fail_first(table, **options):
+        done.append(table)
+        if len(done) == 1: raise RuntimeError('out of memory')
+    monkeypatch.setattr(repeat, 'main', fail_first)
+    gpu.work(3, tmp_path, 'd', time.time() + 300, time.time() + 600)
+    assert done == ['ingredients', 'ingredients', 'test'], 'the rest is not done'
     assert 'out of memory' in (tmp_path/'worker-3.log').read_text()
 
 
@@ -395,8 +426,8 @@ def test_alternating_flips_mirror_each_image_in_every_other_epoch(tmp_path):
     class Look(Callback):
         def after_train(self): seen.append(dls.train_ds.images.clone())
     for seed in (1, 2):
+        dls.train_ds.images = images
         get_learner(dls, seed=seed, path=tmp_path).fit(3, cbs=[repeat.AlternateFlips(seed), Look()])
-        assert dls.train_ds.images.equal(images), 'afterwards they are as they were'
     for first, second, third in (seen[:3], seen[3:]):
         mirrored = [(a == b.flip(-1)).flatten(1).all(1) for a, b in ((first, second), (first, images))]
         assert mirrored[0].all()

@@ -1,25 +1,28 @@
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import Interrupt, fit, make_folder
-from fastai.vision.all import Callback
+from fastai.vision.all import SGD, Adam, Callback, OptimWrapper, ranger
 
 from lab import finder
 from lab.errors import RunError
 from lab.finder import basin
-from lab.learner import RobustLearner
+from lab.learner import RobustLearner, TorchOptimizer, fused_adam
 from train_fastai import find_lrs, get_dls, get_learner
 
 
-def test_an_interrupted_finder_leaves_the_weights_as_they_were(dls, tmp_path):
+def test_an_interrupted_finder_leaves_the_weights_as_they_were(dls, tmp_path, monkeypatch):
     learn = fit(get_learner(dls, precision='fp32', path=tmp_path), 1)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     momentum = learn.opt.opt.state[learn.model.fc.weight]['exp_avg'].clone()
+    monkeypatch.setattr(finder, 'LARGE_BATCH', 4)
     with learn.added_cbs(Interrupt()), pytest.raises(KeyboardInterrupt): find_lrs(learn)
+    assert learn.dls.bs == 8
     for k, v in learn.model.state_dict().items(): assert torch.equal(v, before[k]), k
     assert torch.equal(learn.opt.opt.state[learn.model.fc.weight]['exp_avg'], momentum)
     assert list(tmp_path.iterdir()) == []
@@ -95,19 +98,38 @@ def test_each_finder_has_other_weights_and_batches(tmp_path):
     assert list(curve.get_xdata()) == learn.recorder.lrs[:-5]
 
 
-def test_of_large_batches_the_finder_sees_a_part(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize('num_workers', [None, 0])
+def test_of_large_batches_the_finder_sees_a_part(folder, tmp_path, monkeypatch, num_workers):
     monkeypatch.setattr(finder, 'LARGE_BATCH', 4)
     sizes, found, curves = [], [], []
     class See(Callback):
         def before_batch(self): sizes.append(len(self.x))
     for bs in (4, 8):
-        learn = get_learner(get_dls(folder, bs=bs), precision='fp32', path=tmp_path)
-        with learn.added_cbs(See()): found.append(find_lrs(learn))
+        learn = get_learner(get_dls(folder, bs=bs, num_workers=num_workers), precision='fp32', path=tmp_path)
+        with learn.added_cbs(See()): found.append(find_lrs(learn, show_plot=True))
         curves.append(learn.recorder.lrs)
         assert {*sizes} == {4}
         assert learn.dls.bs == learn.dls.one_batch()[0].shape[0] == bs, 'afterwards'
+        assert found[-1][0] <= found[-1][1] / 10
+        marks = [mark.get_xdata()[0] for mark in plt.gca().lines[1:]]
+        assert marks == pytest.approx(found[-1], rel=0.2), 'on the curve'
     assert found[1] == pytest.approx([2**0.5 * lr for lr in found[0]])
     assert curves[1] == pytest.approx([2**0.5 * lr for lr in curves[0]])
+
+
+@pytest.mark.parametrize(('opt_func', 'adam'), [
+    (fused_adam, True), (partial(fused_adam, eps=1e-8), True), (Adam, True), (SGD, False), (ranger, False),
+    (partial(TorchOptimizer, opt=torch.optim.AdamW), True), (partial(OptimWrapper, opt=torch.optim.Adam), True),
+    (partial(TorchOptimizer, opt=torch.optim.SGD), False)])
+def test_only_adams_rates_go_with_the_root_of_the_batch_size(dls, tmp_path, monkeypatch, opt_func, adam):
+    monkeypatch.setattr(finder, 'LARGE_BATCH', 2)
+    seen = []
+    def lr_find(self, **kwargs):
+        seen.append(self.dls.bs)
+        return finding((1e-4, 5e-3))(self)
+    monkeypatch.setattr(RobustLearner, 'lr_find', lr_find)
+    lrs = find_lrs(get_learner(dls, opt_func=opt_func, path=tmp_path))
+    assert (seen, lrs) == (([2], pytest.approx((2e-4, 1e-2))) if adam else ([8], (1e-4, 5e-3)))
 
 
 @pytest.mark.parametrize('bs', [4, 8, 24])

@@ -37,7 +37,7 @@ def test_it_is_short(): assert len(README.splitlines()) <= 200
 
 
 def test_its_numbers_are_those_of_the_published_runs(results):
-    runs = results[(results.table == 'seeds') & (results.arm == 'experiment')]
+    runs = results[(results.table == 'seeds') & (results.arm == 'experiment') & results.device.str.contains('H100')]
     assert len(runs) == 5
     mean = format_percent(runs.accuracy)
     assert README.startswith(f'# CIFAR-10 with fastai: {100 * runs.accuracy.mean():.2f} % in 24 epochs')
@@ -56,11 +56,18 @@ def test_its_numbers_are_those_of_the_published_runs(results):
     assert f'({100 * plain.accuracy.mean():.2f} % over {len(plain)} seeds' in UNWRAPPED
 
 
-def test_the_published_run_is_one_of_them_and_of_todays_defaults(results):
+def test_the_published_run_is_a_row_of_the_results_and_of_todays_defaults(results):
     m = json.loads((ROOT/'docs/cifar10/metrics.json').read_text())
-    run, = results[(results.table == 'seeds') & (results.arm == 'experiment') & (results.seed == 42)].itertuples()
-    assert (m['test_accuracy'], m['train_accuracy'], m['lr_min'], m['lr_max']) == pytest.approx(
-        (run.accuracy, run.train_accuracy, run.lr_min, run.lr_max))
+    run, = results[(results.table == 'seeds') & (results.arm == 'experiment') & (results.seed == 42)
+                   & (results.device == m['device']) & (results.torch == m['versions']['torch'])].itertuples()
+    assert (m['test_accuracy'], m['train_accuracy'], m['lr_min'], m['lr_max'], m['seconds_total']) == pytest.approx(
+        (run.accuracy, run.train_accuracy, run.lr_min, run.lr_max, run.seconds_total))
+    pins = dict(line.split('==') for line in (ROOT/'requirements.txt').read_text().split())
+    for package in ('torch', 'torchvision', 'fastai'): assert m['versions'][package].split('+')[0] == pins[package]
+    assert (f"a full run, of seed {m['seed']} on two cores of an AMD EPYC with torch {pins['torch']}: "
+            f"{100 * m['test_accuracy']:.2f} %") in UNWRAPPED
+    assert m['device'] == 'cpu, AMD EPYC, 2 threads'
+    assert f"that they reach {100 * m['published']['test_accuracy']:.2f} %" in UNWRAPPED
     changed = {k: v for k, v in m['options'].items() if k in vars(Options()) and v != getattr(Options(), k)}
     assert changed == {}
     history = pd.read_csv(ROOT/'docs/cifar10/history.csv')
@@ -90,26 +97,28 @@ def test_every_command_runs(folder, tmp_path, monkeypatch, capsys):
     commands = [c for c in shown if c.startswith(('python ', 'pip ', 'conda ', 'accelerate '))]
     added = {
         'python train_fastai.py --quick': f'--data {folder} --bs 2 --lr-min 1e-4 --lr-max 1e-3',
-        'python train_fastai.py --resume runs/X': '', 'python predict.py runs/X cat.png dog.jpg': '',
-        'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X ~/.fastai/data/cifar10/test': '',
-        'python predict.py runs/X --export net.onnx': ''}
+        'python predict.py docs/cifar10 photo.jpg': '',
+        'python predict.py docs/cifar10 ~/.fastai/data/cifar10/test': '',
+        'python train_fastai.py --resume runs/X': '',
+        'python predict.py runs/X pictures --csv': '', 'python predict.py runs/X --export net.onnx': ''}
     elsewhere = {
         'python train_fastai.py', 'python -m pytest', 'pip install -r requirements.txt',  # .ci/run
         'pip install -r requirements-dev.txt', 'pip install fastai==2.8.12 accelerate',
         'accelerate launch --multi_gpu --num_processes 2 train_fastai.py',  # test_processes.py
         'conda env create -f environment.yml', 'conda activate fastai-cifar10'}  # what it installs is compared
     assert set(commands) == set(added) | elsewhere
-    for file in (*ROOT.glob('*.py'), ROOT/'lab'): (tmp_path/file.name).symlink_to(file)
+    for file in (*ROOT.glob('*.py'), ROOT/'lab', ROOT/'docs'): (tmp_path/file.name).symlink_to(file)
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'pictures').mkdir()
-    for name in ('cat.png', 'dog.jpg', 'pictures/a.png'): Image.new('RGB', (50, 40)).save(name)
+    for name in ('photo.jpg', 'pictures/a.png', 'cifar10/test/cat/0.png'):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (50, 40)).save(name)
     train_fastai.main(data=folder, out='runs/X', bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3)
     weights = Path('runs/X/model.pth')
     programs = dict(train_fastai=train_fastai.main, predict=predict.main)
     for command, options in added.items():
         resumed = '--resume' in command
         if resumed: weights.rename('weights.pth')  # as if it had been stopped before its end
-        args = f'{command} {options}'.replace('~/.fastai/data/cifar10', str(folder)).split()[1:]
+        args = f'{command} {options}'.replace('~/.fastai/data/', '').split()[1:]
         program = programs[args[0].removesuffix('.py')]
         parser = anno_parser(program)  # in this process: to start another takes seconds
         given = {k: v for k, v in vars(parser.parse_intermixed_args(args[1:])).items() if v != parser.get_default(k)}
@@ -198,8 +207,13 @@ def test_its_file_tree_is_the_projects():
     assert {name for name in there if not name.startswith('.')} - rest == set(tree)
 
 
-def test_the_speed_table_is_that_of_the_published_measurement():
-    tables = json.loads((ROOT/'benchmarks/speed.json').read_text())
+def test_the_speed_tables_are_those_of_the_published_measurements():
     page = (ROOT/'docs/speed.md').read_text()
-    for name in ('loader', 'step', 'epoch'):
-        for row, o in tables[name].items(): assert f'| {row} | {o["ratio"]:.3g} |' in page
+    for file, names in (('speed', ('loader', 'step', 'batch', 'epoch')), ('speed-amx', ('step',))):
+        tables = json.loads((ROOT/f'benchmarks/{file}.json').read_text())
+        for name in names:
+            rows = '\n'.join(f'| {row} | {o["ratio"]:.3g} |' for row, o in tables[name].items())
+            assert f'| {name} | ratio |\n|---|--:|\n{rows}\n' in page
+    peaks = [o['peak_mib'] for row, o in json.loads((ROOT/'benchmarks/speed.json').read_text())['batch'].items()
+             if 'Learner' in row]
+    assert f'holds {peaks[0]:,} MiB at its peak, and {peaks[1]:,} before' in ' '.join(page.split())
