@@ -52,7 +52,7 @@ def test_the_published_report_is_that_of_the_published_files():
 def test_the_published_run_has_all_files_of_a_run():
     text = (PUBLISHED/'report.md').read_text()
     linked = {*re.findall(r'\]\((\w+\.\w+)\)', text)}
-    others = {'lr_find.csv', 'schedule.csv', 'metrics.json', 'model.pth'}
+    others = {'lr_find.csv', 'schedule.csv', 'metrics.json', 'model.pth', 'report.md'}
     assert {f.name for f in PUBLISHED.iterdir()} == linked | others
 
 
