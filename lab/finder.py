@@ -4,7 +4,7 @@ import tempfile
 
 from fastai.vision.all import *
 
-from lab.errors import RunError, one_line
+from lab.errors import InputError, RunError, one_line
 from lab.learner import fused_adam, replaced
 from lab.speed import keep_random_state
 
@@ -65,6 +65,7 @@ def median_lrs(learn: Learner, find: Callable) -> tuple[float, float]:
                 lr_min, lr_max = find()
             if not (0 < lr_min < float('inf') and 0 < lr_max < float('inf')): raise ValueError('no usable rates')
             found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))
+        except InputError: raise
         except (IndexError, ValueError) as e:  # too few finite losses
             finite = [bool(torch.isfinite(o)) for o in learn.recorder.losses]
             trouble = one_line(e) if all(finite) else f'the loss was not finite from batch {finite.index(False) + 1} on'

@@ -10,9 +10,10 @@ from conftest import Interrupt, fit, make_folder
 from fastai.vision.all import SGD, Adam, Callback, OptimWrapper, ranger
 
 from lab import finder
-from lab.errors import RunError
+from lab.errors import InputError, RunError
 from lab.finder import basin
 from lab.learner import RobustLearner, TorchOptimizer, fused_adam
+from predict import get_empty_dls
 from train_fastai import find_lrs, get_dls, get_learner
 
 
@@ -138,6 +139,11 @@ def test_the_finder_finds_usable_rates_for_batches_of_any_size(folder, tmp_path,
     lr_min, lr_max = find_lrs(learn)
     assert 1e-7 < lr_min <= lr_max / 10 < 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_learner_without_images_says_so(tmp_path):
+    learn = get_learner(get_empty_dls(['cat', 'dog']), path=tmp_path)
+    with pytest.raises(InputError, match='^this learner has no images'): find_lrs(learn)
 
 
 @pytest.mark.parametrize('found', [(math.nan, 1e-3), (1e-4, math.nan), (0., 1e-3), (1e-4, math.inf)])
