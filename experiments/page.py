@@ -134,7 +134,7 @@ TABLES = dict(seeds=tabulate_seeds, test=tabulate_arms, finder=tabulate_finders,
               peak=tabulate_arms, ingredients=tabulate_arms) | {'finder-length': tabulate_finders}
 FIGURES = dict(finder=draw_finders, schedule=draw_schedules)
 SIZE = ['epochs', 'every', 'batch_size']  # a section is about runs of one size
-SECTIONS = {'seeds': [*SIZE, 'device', 'torch'], 'finder': ['table'], 'finder-length': ['table']}  # except in these
+SECTIONS = dict(seeds=[*SIZE, 'device', 'torch']) | dict.fromkeys(FINDERS, ['table'])  # except in these
 
 
 def make_section(runs: pd.DataFrame, folder: Path) -> str:
