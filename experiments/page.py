@@ -117,7 +117,7 @@ def describe_devices(runs: pd.DataFrame) -> str:
     """What the runs were made with; where that differs, which arms or, of a single arm, how many runs."""
     versions = ('torch ' + runs.torch + ', fastai ' + runs.fastai).fillna('versions not recorded')
     used = runs.arm.groupby(runs.device + ', ' + versions)
-    which = used.unique().map(', '.join) if runs.arm.nunique() > 1 else used.size().map('{} runs'.format)
+    which = used.unique().map(', '.join) if runs.arm.nunique() > 1 else used.size().map('N = {}'.format)
     return '; '.join(f'{made_with} ({o})' if len(which) > 1 else made_with for made_with, o in which.items())
 
 
@@ -134,7 +134,7 @@ TABLES = dict(seeds=tabulate_seeds, test=tabulate_arms, finder=tabulate_finders,
               peak=tabulate_arms, ingredients=tabulate_arms) | {'finder-length': tabulate_finders}
 FIGURES = dict(finder=draw_finders, schedule=draw_schedules)
 SIZE = ['epochs', 'every', 'batch_size']  # a section is about runs of one size
-SECTIONS = dict(seeds=[*SIZE, 'device', 'torch']) | dict.fromkeys(FINDERS, ['table'])  # except in these
+SECTIONS = dict(seeds=[*SIZE, 'processor', 'release']) | dict.fromkeys(FINDERS, ['table'])  # except in these
 
 
 def make_section(runs: pd.DataFrame, folder: Path) -> str:
@@ -159,6 +159,8 @@ def main(
     "Make tables and figures of the results in a folder, and a page of them: README.md."
     folder = Path(folder)
     results, words = load_results(folder), folder/'page.md'
+    results['processor'] = results.device.str.replace(r', \d+ threads?$', '', regex=True)
+    results['release'] = results.torch.str.split('+').str[0]  # without the build
     headings = '\n'.join(f'## {table}\n\n{{{table}}}\n' for table in TABLES)
     page = words.read_text(encoding='utf-8') if words.exists() else headings
     for table in TABLES:

@@ -297,6 +297,13 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path):
         '91.00 %', '95.00 %'], 'on each device its own table'
     assert text.count('mean ± sd') == 1, 'a single run has none'
     assert 'Device: beads, torch 2.0, fastai 2.8.' in text
+    for seed, threads, build in ((1, '1 thread', ''), (2, '2 threads', ''), (3, '2 threads', '+cu130')):
+        put(tmp_path, table='seeds', arm='experiment', seed=seed, accuracy=0.9, first_epoch_over_90=8, ema=0.99,
+            device=f'cpu, abacus, {threads}', torch=f'2.1{build}')
+    text = make_page(tmp_path)
+    assert '| mean ± sd, N = 3 |' in text, 'threads and builds of torch do not separate runs'
+    assert ('Device: cpu, abacus, 1 thread, torch 2.1, fastai 2.8 (N = 1); cpu, abacus, 2 threads, torch 2.1+cu130, '
+            'fastai 2.8 (N = 1); cpu, abacus, 2 threads, torch 2.1, fastai 2.8 (N = 1).') in text
 
 
 def test_recipes_are_compared_on_the_seeds_that_both_have(tmp_path):
