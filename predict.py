@@ -224,13 +224,14 @@ def main(
 ):
     "Name what images show. Any size and mode will do: the centre square is resized to 32×32 and made RGB."
     learn = load_run(run)
+    vocab = list(learn.dls.vocab)
+    if images or not export:
+        files, targets = find_images(images, vocab)
+        pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])
     if export:
         export_network(learn, Path(export))
         print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
         if not images: return
-    vocab = list(learn.dls.vocab)
-    files, targets = find_images(images, vocab)
-    pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])
     log_probs = get_log_probs(learn, pixels)
     table = list_predictions(files, log_probs, vocab)
     if csv:

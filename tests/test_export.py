@@ -125,6 +125,7 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch, capsys)
     for package, name in (('onnxscript', 'net.onnx'), ('safetensors', 'net.safetensors')):
         for module in (package, package + '.torch'): monkeypatch.setitem(sys.modules, module, None)
         assert f'{name} needs the package {package}: pip install {package}' in export(name)
+    assert '"none.png" does not exist' in ends(capsys, 2, main, str(run), 'none.png', export=str(tmp_path/'net.pt2'))
     assert list(tmp_path.iterdir()) == []
     assert 'No such file' in ends(capsys, 1, main, str(run), export=str(tmp_path/'none/net.pt2'))
 
@@ -145,7 +146,7 @@ def place(run, onnx_file, tmp_path_factory):
 
 @pytest.mark.parametrize(('library', 'says'), [
     ('onnxruntime', 'red|green|blue'), ('torch.export', r"(?:'(?:red|green|blue)'.*){7}"), ('safetensors', ''),
-    ('cleanlab', r'(?s)blue +\S+ +\S+ +\S+ +4.*\[.*\]')])
+    ('cleanlab', r'(?s)blue +\S+ +\S+ +\S+ +4.*\[.*\]'), ('skorch', r' 2 +(\x1b\[\d+m)?\d\.\d')])
 def test_the_code_of_the_page_runs(place, monkeypatch, capsys, library, says):
     pytest.importorskip(library)
     code, = (o for o in PAGE if library in o)
@@ -157,4 +158,4 @@ def test_the_code_of_the_page_runs(place, monkeypatch, capsys, library, says):
 
 
 def test_the_code_of_the_page_is_known():
-    assert len(PAGE) == 5, 'the fifth, a server, is tried by tests/serve.py'
+    assert len(PAGE) == 6, 'the sixth, a server, is tried by tests/serve.py'
