@@ -77,7 +77,7 @@ class History(TrainingCallback):
 
 
 class Misclassified(TrainingCallback):
-    """Collects the network's answers for the test images at every test of a fit; `table` lists the wrong ones.
+    """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
 
     `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU.
     """

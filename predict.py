@@ -222,7 +222,7 @@ def main(
     csv: bool = False,  # print comma-separated values, a row per image
     export: str = None,  # write the network to this file, which ends in .onnx, .pt2 or .safetensors
 ):
-    "Name what images show. Any size and mode will do: the centre square is resized to 32×32 and made RGB."
+    "Name what images show. They may have any size: the centre square is resized to 32×32."
     learn = load_run(run)
     vocab = list(learn.dls.vocab)
     if images or not export:

@@ -77,7 +77,7 @@ def loader(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
 
 
 def step(data: Path, bs: int, rounds: int, device: torch.device) -> dict:
-    """Training steps on a batch that lies ready: plain float32, what each change adds, and the limit."""
+    """Training steps on a batch already in memory: plain float32, what each change adds, and the limit."""
     torch.backends.cudnn.benchmark = True
     precision = best_precision(device)
     x, y = (o.as_subclass(Tensor) for o in get_dls(data, bs, device=device).train.one_batch())

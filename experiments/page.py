@@ -15,7 +15,7 @@ from fastai.callback.schedule import combined_cos
 from fastcore.script import call_parse
 from matplotlib.figure import Figure
 
-from experiments.repeat import ARMS, DRAWN, FINDERS, PCT_START, load_results
+from experiments.repeat import ARMS, DRAWN, FINDER_TABLES, PCT_START, load_results
 from lab.report import format_rate
 from lab.report import table as make_table
 from lab.runs import save_figure, write_whole
@@ -131,10 +131,10 @@ def write_command(runs: pd.DataFrame) -> str:
 
 
 TABLES = dict(seeds=tabulate_seeds, test=tabulate_arms, finder=tabulate_finders, schedule=tabulate_arms,
-              peak=tabulate_arms, ingredients=tabulate_arms) | {'finder-length': tabulate_finders}
+              ingredients=tabulate_arms) | {'finder-length': tabulate_finders}
 FIGURES = dict(finder=draw_finders, schedule=draw_schedules)
-SIZE = ['epochs', 'every', 'batch_size']  # a section is about runs of one size
-SECTIONS = dict(seeds=[*SIZE, 'processor', 'release']) | dict.fromkeys(FINDERS, ['table'])  # except in these
+RUN_SIZE = ['epochs', 'every', 'batch_size']  # a section is about runs of one size
+SECTIONS = dict(seeds=[*RUN_SIZE, 'processor', 'release']) | dict.fromkeys(FINDER_TABLES, ['table'])  # except in these
 
 
 def make_section(runs: pd.DataFrame, folder: Path) -> str:
@@ -142,13 +142,13 @@ def make_section(runs: pd.DataFrame, folder: Path) -> str:
     table = runs.table.iloc[0]
     runs = runs.sort_values(['arm', 'ema', 'seed'], key=lambda c: c.map([*ARMS[table]].index) if c.name == 'arm' else c)
     r = runs.iloc[0]
-    name = table if table in FINDERS else f'{table}-{r.epochs}-{r.every}-{r.batch_size}'
+    name = table if table in FINDER_TABLES else f'{table}-{r.epochs}-{r.every}-{r.batch_size}'
     parts = [TABLES[table](runs)]
     if r.epochs: parts.insert(0, f'{r.epochs} epochs of {r.train_images:,} images, tested on {r.test_images:,}:')
     if table in FIGURES:
         save_figure(folder/f'{name}.png', FIGURES[table], runs, folder)
         if (folder/f'{name}.png').exists(): parts.append(f'![{table}]({name}.png)')
-    commands = [write_command(group) for _, group in runs.groupby(SIZE)]
+    commands = [write_command(group) for _, group in runs.groupby(RUN_SIZE)]
     return '\n\n'.join([*parts, f'Device: {describe_devices(runs)}.', '\n'.join(['```', *commands, '```'])])
 
 
@@ -166,6 +166,6 @@ def main(
     for table in TABLES:
         runs = results[results.table == table]
         sections = [make_section(group, folder)
-                    for _, group in runs.groupby(SECTIONS.get(table, SIZE), dropna=False)]
+                    for _, group in runs.groupby(SECTIONS.get(table, RUN_SIZE), dropna=False)]
         page = page.replace(f'{{{table}}}', '\n\n'.join(sections) or 'No runs.')
     write_whole(folder/'README.md', page.encode())

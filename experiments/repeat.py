@@ -5,7 +5,6 @@
     python -m experiments.repeat finder --seeds 42,43                # its learning-rate finder alone
     python -m experiments.repeat finder-length --seeds 42,43         # the finder with other batches
     python -m experiments.repeat schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, on the test set
-    python -m experiments.repeat peak --seeds 42,43                  # LRMAX as found, a third of it, three times it
     python -m experiments.repeat ingredients --seeds 42,43           # recipes, on a held-out tenth of the training set
     python -m experiments.repeat test --seeds 42 --arms plain        # the same, trained on all of it, on the test set
 
@@ -13,8 +12,8 @@ Every finished run adds its rows to `results.csv` in the folder `--out`: one for
 and one for each moving average that was kept. A run that is in the file is not repeated, an interrupted run continues
 from its last whole epoch, and several processes may work on the same table. `page.py` makes the tables and figures.
 
-No decision is based on the test set: `peak` and `ingredients` do not see it, `schedule` compares readings of the
-assignment, and `test` only reports.
+No decision is based on the test set: `ingredients` does not see it, `schedule` compares readings of the assignment, and
+`test` only reports.
 """
 import lab.errors  # isort: skip  # noqa: F401, before fastai, whose import warning it silences
 
@@ -67,12 +66,11 @@ ARMS = dict(
         'lr-max-quarter-pad-mean-colour': QUARTER | dict(padding='mean-colour'),
         'lr-max-quarter-plain': QUARTER | PLAIN, 'plain': PLAIN},
     schedule={'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
-              'div-final-1e5-annihilates': dict(div_final=1e5)},
-    peak={'lr-max': {}, 'lr-max-third': dict(lr_max_factor=1/3), 'lr-max-threefold': dict(lr_max_factor=3.)})
+              'div-final-1e5-annihilates': dict(div_final=1e5)})
 ARMS['test'] = ARMS['ingredients']
 ARMS['finder-length'] = {f'{num_it}-of-{size}': dict(num_it=num_it, size=size)
                          for size, num_it in itertools.product((512, 256), (100, 50))}
-FINDERS = 'finder', 'finder-length'
+FINDER_TABLES = 'finder', 'finder-length'
 DECAYS = 0.99, 0.995, 0.998  # per step, of the moving averages that every run keeps
 KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']  # a finder has 0 epochs
 COLUMNS = [*KEY, 'train_images', 'test_images', 'lr_min', 'lr_max', 'div_final', 'minimum', 'wd', 'label_smoothing',
@@ -242,7 +240,7 @@ def main(
     if unknown := set(names) - ARMS[table].keys(): raise SystemExit(f'--arms: no {", ".join(unknown)} in {table}')
     with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
-        if table in ('ingredients', 'peak'): path = hold_out(path, Path(tmp))
+        if table == 'ingredients': path = hold_out(path, Path(tmp))
 
         @functools.cache
         def load(padding: str = 'reflect', flips: str = 'independent') -> DataLoaders:
@@ -253,7 +251,7 @@ def main(
 
         def run(arm: dict, seed: int, folder: Path) -> list[dict]:
             if table == 'seeds': return [run_experiment(arm, data, path, bs, seed, epochs, folder)]
-            if table not in FINDERS:
+            if table not in FINDER_TABLES:
                 dls = load(**{k: v for k, v in arm.items() if k in ('padding', 'flips')})
                 return train(dls, arm, seed, epochs, folder, find_rates(seed), not no_checkpoint)
             row, curve = run_finder(load(), seed, tmp, **arm)
@@ -262,7 +260,7 @@ def main(
             return [row]
 
         for seed, name in itertools.product(map(int, seeds.split(',')), names):
-            job = dict(zip(KEY, (table, name, seed, 0 if table in FINDERS else epochs, bs, every), strict=True))
+            job = dict(zip(KEY, (table, name, seed, 0 if table in FINDER_TABLES else epochs, bs, every), strict=True))
             if is_done(out, job) or time.perf_counter() - start > 60 * minutes: continue
             folder = out/'-'.join(map(str, job.values()))
             folder.mkdir(parents=True, exist_ok=True)

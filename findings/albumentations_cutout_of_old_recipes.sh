@@ -2,9 +2,9 @@
 # Guess: `A.CoarseDropout(max_holes=1, max_height=16, max_width=16, …, fill_value=mean)`, the cutout of many
 #   CIFAR-10 recipes with albumentations, either works or raises a TypeError in its last version.
 # What happens: all of these arguments are dropped with a warning, and it cuts what its defaults say: one or two holes
-#   of 3 to 6 pixels, in black. `PadIfNeeded(value=mean)` likewise pads with black. Where warnings are off, as in many
-#   notebooks, a recipe trains with another augmentation than it states, and other results.
-# Why: version 2 renamed the arguments (num_holes_range, hole_height_range, fill …); unknown ones are a warning only.
+#   of 3 to 6 pixels a side, in black. `PadIfNeeded(value=mean)` likewise pads with black. Where warnings are off, a
+#   recipe trains with another augmentation than it states.
+# Why: version 2 knows only the new names (num_holes_range, hole_height_range, fill …); unknown ones are a warning.
 # Seen (albumentations 2.0.8, Python 3.11, 2026-11), of 500 grey images of 32×32:
 #   1 warning: Argument(s) 'max_holes, max_height, max_width, min_holes, min_height, min_width, fill_value' are not
 #     valid for transform CoarseDropout

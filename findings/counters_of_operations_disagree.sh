@@ -2,13 +2,14 @@
 # Guess: the tools that count a network's operations agree to a few per cent, with one another and with the number that
 #   torchvision states beside its weights ("GFLOPS"), apart from a factor of two where one of them says
 #   "multiply-adds".
-# What happens: for a ResNet the factor is in the same word: torch's own "FLOPs" are twice torchvision's, fvcore's and
-#   ptflops'. For a vision transformer nothing agrees: torchinfo finds a hundredth of the operations, thop two thirds,
-#   and torch's counter gives another number for the same network in evaluation than in training mode.
+# What happens: for a ResNet the factor is in the same word: torch's own "FLOPs" are twice torchvision's and fvcore's.
+#   For a vision transformer torchinfo finds a hundredth of torchvision's number and thop two thirds, and torch's own
+#   counter finds a third less in evaluation mode, under `no_grad`, than in training mode.
 # Why: FlopCounterMode (torch/utils/flop_counter.py) counts a multiplication and an addition each, the others both as
 #   one. torchinfo counts each weight of a linear layer once an image, not once a token. thop has no rule for
 #   nn.MultiheadAttention. In evaluation mode torch computes that in one fused operator, for which its own counter has
-#   no rule either; in training mode on a CPU it misses the products of queries, keys and values.
+#   no rule either. In training mode it misses what happens between the projections, as it has no rule for the CPU's
+#   scaled dot-product attention.
 # Seen (torch 2.14.1, torchvision 0.29.1, fvcore 0.1.5.post20221221, thop 0.1.1.post2209072238, torchinfo 1.8.0,
 #   ptflops 0.7.5, Python 3.11, 2026-11), in 10⁹ for an image of 224×224:
 #   resnet18: torchvision 1.81, torch 3.63, torch in training 3.63, fvcore 1.82, thop 1.82, torchinfo 1.81, ptflops 1.83

@@ -5,7 +5,7 @@
 #   fvcore lets batch norm take in its example image. thop leaves two buffers in every module that it has no rule for,
 #   with which the state dict no longer loads into a fresh network.
 # Why: ptflops calls `eval()` on the network that it was given (pytorch_engine.py, aten_engine.py). fvcore traces it in
-#   the mode it is in. thop registers `total_ops` and `total_params` in every leaf module and removes them only from
+#   the mode it is in. thop registers `total_ops` and `total_params` in every module and removes them only from
 #   those that it has a rule for (profile.py).
 # Seen (torch 2.14.1, ptflops 0.7.5, fvcore 0.1.5.post20221221, thop 0.1.1.post2209072238, Python 3.11, 2026-11), of a
 #   network that was in training mode:

@@ -2,7 +2,7 @@
 # Guess: kornia's augmentations are `nn.Module`s that one may put into a network, and there `eval()` turns them off, as
 #   it does dropout, and as Keras does with such layers.
 # What happens: they go on. A network with augmentations inside is tested on cropped, mirrored and erased images, and
-#   gives the same image another answer each time.
+#   often gives the same image another answer the next time.
 # Why: nothing in kornia's augmentations asks for `training`; only `p` decides (kornia/augmentation/base.py).
 # Seen (kornia 0.9.0, torch 2.14.1, Python 3.11, 2026-11), of 64 images, in evaluation mode:
 #   changed: RandomHorizontalFlip 32, RandomCrop 63, RandomErasing 30; by Dropout 0

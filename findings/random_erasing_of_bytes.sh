@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Guess: torchvision's `RandomErasing(value='random')`, which "erases each pixel with random values", fills a hole in a
+# Guess: torchvision's `RandomErasing(value='random')`, which erases "each pixel with random values", fills a hole in a
 #   uint8 image with values from 0 to 255, and `value=0.5` with half of the full brightness.
 # What happens: two thirds of the values in the hole are 0, and nearly all others 1 or 255. `value=0.5` fills with 0.
 # Why: RandomErasing (torchvision/transforms/v2/_augment.py) draws from the standard normal distribution, whatever the

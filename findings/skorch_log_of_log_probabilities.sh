@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Guess: skorch's NeuralNetClassifier, whose default criterion is `nn.NLLLoss`, trains a network that ends in
 #   `nn.LogSoftmax`, the pair that torch's documentation names; and that one that ends in logits fails visibly.
-# What happens: the loss is NaN in every epoch, without an error or a warning, while the weights go on changing, in a
-#   direction that means nothing: one network ends up with every answer wrong. The default wants probabilities. With
-#   `criterion=nn.CrossEntropyLoss` log-probabilities and logits will do, and `predict_proba` returns probabilities.
+# What happens: the loss is NaN in every epoch, without an error or a warning, while the weights go on changing. With
+#   log-softmax the gradient has the wrong sign, so that training ends with every answer wrong; with logits it has the
+#   wrong sign wherever a logit is negative. The default wants probabilities. With `criterion=nn.CrossEntropyLoss`
+#   log-probabilities and logits will do, and `predict_proba` returns probabilities.
 # Why: NeuralNetClassifier.get_loss (skorch/classifier.py) takes the logarithm of the network's output if the criterion
 #   is NLLLoss; that of a negative number is NaN, and its gradient is not.
 # Seen (skorch 1.4.0, torch 2.14.1, Python 3.11, 2026-11), loss of the last of 20 epochs, sum of the first image's

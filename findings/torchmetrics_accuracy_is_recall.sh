@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Guess: torchmetrics' `Accuracy(task='multiclass')` and `MulticlassAccuracy`, which it is a wrapper of, are the same:
 #   the share of right answers.
-# What happens: `MulticlassAccuracy` is the mean recall of the classes. They agree only where all classes have the same
-#   number of images, as in CIFAR-10's test set, and differ on nearly every other one. Of what `Accuracy` returns one
-#   cannot tell: it is an object of that very class.
-# Why: the wrapper's default is `average='micro'`, the class's own is 'macro' (torchmetrics/classification/accuracy.py).
+# What happens: `MulticlassAccuracy` is the mean recall of the classes. They are sure to agree only where all classes
+#   have the same number of images, as in CIFAR-10's test set. The type does not tell them apart, as `Accuracy` returns
+#   an object of that very class; only its `average` does.
+# Why: the wrapper's default is `average='micro'`, the class's own is 'macro' (torchmetrics/classification/accuracy.py,
+#   stat_scores.py).
 # Seen (torchmetrics 1.9.0, torch 2.14.1, Python 3.11, 2026-11), of 90 cats and 10 dogs that are all called cats:
 #   Accuracy(task='multiclass'), a MulticlassAccuracy: 0.90
 #   MulticlassAccuracy: 0.50

@@ -1,4 +1,4 @@
-"""What a network says of images, and how often it is right: log-probabilities, confusion matrix, scores, errors."""
+"""A network's predictions and how accurate they are: log-probabilities, confusion matrix, scores, errors."""
 from fastai.vision.all import *
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -8,7 +8,7 @@ PREDICT_BS = 512
 
 
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
-    """The network's answers for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
+    """The network's predictions for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
 
     It calls the network directly, so several threads may use it at once. Networks that end in logits or in
     log-probabilities give the same: log-softmax leaves the latter as they are.

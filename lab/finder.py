@@ -8,8 +8,8 @@ from lab.errors import InputError, RunError, one_line
 from lab.learner import fused_adam, replaced
 from lab.speed import keep_random_state
 
-# Measured in experiments/README.md: on held-out images the peak at a quarter of this share was 0.3 to 0.5 points worse
-# and could not be told from half of it, and the middle of the basin spreads half as much as the rate of least loss.
+# Measured in experiments/README.md: on held-out images a quarter of this share was 0.4 to 0.5 points worse and half of
+# it made no difference. The middle of the basin spreads half as much as the rate of least loss.
 PEAK_SHARE = 0.4  # of the middle of the basin
 CLOSE = 0.1  # a loss is close to the least within this share of the whole descent
 # With batches of 8 single finders differed by factors of 10 to 19, their median of seven by 2.8; with 32 by 4.1.

@@ -93,9 +93,9 @@ def read_image(source: Path | str | bytes | io.IOBase | Image.Image) -> Tensor:
 
 
 def convert_to_rgb(image: Image.Image) -> Tensor:
-    """A PIL image as `read_image` returns it. Raises `ValueError` for animations and for more than 8 bits a colour."""
+    """A PIL image as `read_image` returns it. Raises `ValueError` for animations and for pixels of 32 bits."""
     if getattr(image, 'n_frames', 1) > 1 and image.format != 'MPO': raise ValueError('it is a sequence of images')
-    if image.mode in 'FI': raise ValueError('its pixels have more than 8 bits')
+    if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
     if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:

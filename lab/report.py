@@ -147,7 +147,7 @@ epoch{', with the averaged weights' if recipe['ema'] else ''}. The numbers are i
 
 ![Ten misclassified test images](misclassified.png)
 
-*The ten with the largest loss: the network gave their actual class the lowest probability.*
+*The ten whose actual class received the smallest probabilities.*
 
 ![The largest losses, as fastai shows them](top_losses.png)
 

@@ -20,14 +20,11 @@ from lab.speed import device_name
 TARGET = 0.9  # test accuracy, the assignment's
 
 
-def count_parameters(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
-
-
 def describe(run: Run, learn: Learner):
     """Print what is about to be trained, and draw a training batch as the network sees it."""
     dls = learn.dls
     print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
-          f'{count_parameters(learn.model):,} parameters, {run.precision} on {device_name(learn.device)}', flush=True)
+          f'{total_params(learn.model)[0]:,} parameters, {run.precision} on {device_name(learn.device)}', flush=True)
     run.save_figure('augmented.png', figures.draw_augmented, dls)
 
 
@@ -62,7 +59,7 @@ def describe_recipe(learn: Learner) -> dict:
 
 
 def save_results(run: Run, learn: Learner):
-    """Write numbers, report and weights, then the figures that need them, and print the outcome."""
+    """Write numbers, report and figures, then the weights, and print the outcome."""
     dls, h, o, out = learn.dls, learn.history, run.options, run.folder
     answers = learn.misclassified
     if answers.log_probs is None:  # the checkpoint that the run was resumed from has none
@@ -71,7 +68,7 @@ def save_results(run: Run, learn: Learner):
     counts, classes = count_confusions(log_probs, targets), score_classes(log_probs, targets, dls.vocab)
     lr_min, lr_max = run.lrs
     metrics = dict(
-        quick_look=o.quick, parameters=count_parameters(learn.model), lr_min=lr_min, lr_max=lr_max,
+        quick_look=o.quick, parameters=total_params(learn.model)[0], lr_min=lr_min, lr_max=lr_max,
         precision=run.precision, epochs=o.epochs, batch_size=o.bs, seed=o.seed, device=device_name(learn.device),
         **{k: h.rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
@@ -85,7 +82,6 @@ def save_results(run: Run, learn: Learner):
     report = write_report(metrics, run.command, h.rows, h.schedule, len(wrong), classes,
                           list_confusions(counts, dls.vocab, 3))
     write_whole(out/'report.md', report.encode())
-    save_state(out/'model.pth', learn.model.state_dict())
     run.save_figure('misclassified.png', figures.draw_misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
     charts = {'Learning-rate finder': 'lr_find.png', 'Loss and accuracy': 'history.png', 'Schedule': 'schedule.png'}
     with carry_on(out/'errors.html'):
@@ -95,6 +91,7 @@ def save_results(run: Run, learn: Learner):
     run.save_figure('confusion_matrix.png', figures.draw_confusions, counts, dls.vocab)
     losses = F.nll_loss(log_probs, targets, reduction='none')
     run.save_figure('top_losses.png', figures.draw_top_losses, learn, losses)
+    save_state(out/'model.pth', learn.model.state_dict())  # last: a folder that has it is a finished run
     print(f'{"quick look" if o.quick else "run"} finished: training accuracy {percent(metrics["train_accuracy"], 2)}, '
           f'test accuracy {percent(metrics["test_accuracy"], 2)}, '
           f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\n'

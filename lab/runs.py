@@ -184,8 +184,8 @@ def takes_options(options: type) -> Callable:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the run in the folder `out` has its last number and its last figure."""
-    return all(os.path.exists(out/name) for name in ('model.pth', 'top_losses.png'))
+    """Whether the run in the folder `out` has its weights, which are written last."""
+    return os.path.exists(out/'model.pth')
 
 
 def given_options(main: Callable, options: dict) -> set[str]:
@@ -194,6 +194,11 @@ def given_options(main: Callable, options: dict) -> set[str]:
     not_given = object()  # argparse puts no default where there is a value
     parsed = anno_parser(main).parse_args(namespace=argparse.Namespace(**dict.fromkeys(options, not_given)))
     return {name for name in options if getattr(parsed, name) is not not_given}
+
+
+def check_lr_end(lr_end: float, lr_max: float):
+    """Raise `InputError` if the cycle would end above its peak."""
+    if lr_end > lr_max: raise InputError(f'--lr-end {lr_end:g} is larger than LRMAX, {lr_max:.2e}')
 
 
 def check_options(o):
@@ -208,8 +213,7 @@ def check_options(o):
         raise InputError(f'--lr-min {o.lr_min:g} --lr-max {o.lr_max:g}: must be 0 < LRMIN < LRMAX')
     if o.lr_end is not None and not 0 < o.lr_end < float('inf'):
         raise InputError(f'--lr-end {o.lr_end:g} is not a positive number')
-    if o.lr_end and o.lr_max and o.lr_end > o.lr_max:
-        raise InputError(f'--lr-end {o.lr_end:g} is larger than --lr-max {o.lr_max:g}')
+    if o.lr_end and o.lr_max: check_lr_end(o.lr_end, o.lr_max)
     if not 0 <= o.wd < float('inf'): raise InputError(f'--wd {o.wd:g} is negative or not finite')
     for name, share in (('label-smoothing', o.label_smoothing), ('ema', o.ema)):
         if not 0 <= share < 1: raise InputError(f'--{name} {share:g} is not at least 0 and less than 1')
@@ -336,8 +340,9 @@ class Run:
         save_figure(self.folder/name, draw, *args, quick=self.options.quick)
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
-        """The callback that saves the run, which uses these learning rates."""
+        """The callback that saves the run, which uses these learning rates. Raises `InputError`."""
         self.lrs = lr_min, lr_max
+        if self.options.lr_end: check_lr_end(self.options.lr_end, lr_max)
         header = dict(lr_min=lr_min, lr_max=lr_max, precision=self.precision, options=vars(self.options),
                       fingerprint=self.fingerprint)
         return Checkpoint(header, self.state, self.seconds)

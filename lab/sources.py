@@ -100,8 +100,8 @@ def get_fastai_copy() -> Path:
             raise
     n = count_images(path)
     if n != CIFAR_IMAGES:  # a cut archive can be unpacked, and unpacking killed
-        raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it, and {archive} '
-                         'if it exists, and CIFAR-10 is downloaded again')
+        raise InputError(f'{path} holds {n:,} of the {CIFAR_IMAGES:,} images of CIFAR-10; remove it (and {archive}, '
+                         'if it exists); CIFAR-10 will then be downloaded again')
     return path
 
 

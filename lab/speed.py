@@ -53,7 +53,7 @@ class CUDAGraph(Callback):
     """Records the forward and backward pass of a `fast_model` on a GPU once and replays them in every step.
 
     The kernels and their results are the same; launching them one by one takes a fast GPU longer than computing them.
-    All training batches have one shape, as the loader drops the last partial one.
+    All training batches must have one shape, so the loader has to drop the last partial one.
     """
     order = Precision.order + 1  # within its autocast
 
@@ -61,7 +61,8 @@ class CUDAGraph(Callback):
         if not self.training or not self.learn.is_training_fast or 'forward' in vars(self.model): return
         # A replay runs no hooks, and overwrites the gradients of the step before.
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.model.modules())
-        if hooked or hasattr(self.learn, 'gradient_accumulation'): return
+        whole = getattr(self.dls.train, 'drop_last', False)
+        if hooked or not whole or hasattr(self.learn, 'gradient_accumulation'): return
         statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
         images = self.x.as_subclass(Tensor).clone()
         self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording

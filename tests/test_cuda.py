@@ -52,7 +52,7 @@ def on_the_cpu():
 def test_a_whole_run(run):
     m = json.loads((run/'metrics.json').read_text())
     assert m['device'] == torch.cuda.get_device_name()
-    assert m['precision'] == 'bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16'
+    assert m['precision'] == ('bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16')
     assert m['test_accuracy'] > 0.8
     assert all((run/f'{name}.png').exists() for name in ('lr_find', 'history', 'misclassified', 'top_losses'))
 

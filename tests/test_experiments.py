@@ -97,12 +97,13 @@ def test_the_finders_of_other_lengths_see_what_they_say(options, tmp_path, monke
     assert not (options['out']/'finder.csv').exists()
 
 
-def test_the_peak_is_as_found_a_third_and_three_times_of_it(options, tmp_path):
-    repeat.main('peak', seeds='3', **options)
+def test_the_peak_is_a_share_of_what_was_found_on_the_images_that_are_not_held_out(options, tmp_path):
+    arms = {'default': 1, 'lr-max-half': 1/2, 'lr-max-double': 2}
+    repeat.main('ingredients', seeds='3', arms=','.join(arms), **options)
     runs = repeat.load_results(options['out'])
     held_out = repeat.hold_out(options['data'], tmp_path/'held-out')
     lr_min, lr_max = find_lrs(get_learner(get_dls(held_out, bs=6), seed=3, path=tmp_path))
-    for r, factor in zip(runs[runs.ema == 0].itertuples(), (1, 1/3, 3), strict=True):
+    for r, factor in zip(runs[runs.ema == 0].itertuples(), arms.values(), strict=True):
         assert (r.lr_min, r.lr_max) == pytest.approx((lr_min, factor * lr_max))
         assert r.div_final == pytest.approx(r.lr_max / r.lr_min)
         assert (r.train_images, r.test_images) == (54, 6)

@@ -161,7 +161,7 @@ BAD_FOLDERS = [
     (broken_link, 'train/red/8.png cannot be read'), (file_as_split, 'has no folder "test"'),
     (no_unicode, r"red/caf\xe9.png' cannot be printed"), (line_break, r"red/a\nb.png' cannot be printed"),
     (half_an_image, 'train/red/1.png cannot be read'),
-    (floating_point, 'train/red/0.tif cannot be read as an image (its pixels have more than 8 bits'),
+    (floating_point, 'train/red/0.tif cannot be read as an image (its pixels have 32 bits'),
     (first_image_half, 'train/blue/0.png cannot be read'), (other_letters, 'composed differently (in Unicode)'),
     (malformed_exif, 'test/red/0.png cannot be read as an image (not a TIFF file'),
     (sequence, 'train/red/8.gif cannot be read as an image (it is a sequence of images)'),

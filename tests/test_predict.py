@@ -244,7 +244,7 @@ def stray_image(tmp_path):
     (empty, ['empty'], 'empty holds no images'), (text, ['text.png'], 'text.png cannot be read as an image'),
     (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class'),
     (stray_image, ['eval'], 'eval/0.png is not in a sub-folder with the name of a class'),
-    (floating_point, ['float.tif'], 'float.tif cannot be read as an image (its pixels have more than 8 bits'),
+    (floating_point, ['float.tif'], 'float.tif cannot be read as an image (its pixels have 32 bits'),
     (line_break, ['a\nb.png'], r"'a\nb.png' cannot be printed"),
     (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '"" does not exist'),
     (nothing, ['x' * 300], 'does not exist'), (other_class, ['eval', 'eval'], 'give it alone')],

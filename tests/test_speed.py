@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from fastai.vision.all import Callback
 from torch import nn
 
 from lab.errors import InputError
-from lab.speed import SideBySideConv2d, best_precision, resolve_precision
+from lab.speed import CUDAGraph, SideBySideConv2d, best_precision, resolve_precision
 from train_fastai import get_learner
 
 
@@ -118,3 +119,15 @@ def test_a_precision_that_does_not_exist():
         resolve_precision('int8', torch.device('cpu'))
     with pytest.raises(InputError, match='--precision fp16 needs a CUDA GPU'):
         resolve_precision('fp16', torch.device('cpu'))
+
+
+@pytest.mark.filterwarnings('ignore:.*CUDA is not available')
+@pytest.mark.parametrize('loader', [SimpleNamespace(drop_last=True), SimpleNamespace(drop_last=False), []])
+def test_a_step_is_recorded_only_if_all_batches_have_one_shape(monkeypatch, loader):
+    recorded, images = [], torch.zeros(2, 3, 4, 4)
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', lambda _, images: recorded.append(images[0].shape))
+    graph = CUDAGraph()
+    graph.learn = SimpleNamespace(training=True, is_training_fast=True, model=nn.BatchNorm2d(3), x=images,
+                                  dls=SimpleNamespace(train=loader))
+    graph.before_batch()
+    assert recorded == ([images.shape] if getattr(loader, 'drop_last', False) else [])

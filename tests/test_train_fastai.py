@@ -398,6 +398,7 @@ BAD_OPTIONS = [
     (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
     (dict(lr_end=0.), '--lr-end 0'), (dict(lr_end=-1), '--lr-end -1'),
     (dict(lr_end=math.inf), '--lr-end'), (dict(lr_end=math.nan), '--lr-end'),
+    (dict(lr_min=1e-4, lr_max=1e-3, lr_end=2e-3), '--lr-end 0.002 is larger than LRMAX, 1.00e-03'),
     (dict(wd=-1), '--wd -1'), (dict(wd=math.inf), '--wd inf'), (dict(wd=math.nan), '--wd nan'),
     (dict(label_smoothing=1), '--label-smoothing 1'), (dict(label_smoothing=-0.1), '--label-smoothing -0.1'),
     (dict(precision='int8'), '--precision int8 is not one of'), (dict(ema=1), '--ema 1'),
@@ -448,7 +449,7 @@ def test_a_run_that_only_lacks_its_pictures_is_finished(folder, whole, tmp_path,
     def interrupt(*_): raise KeyboardInterrupt
     monkeypatch.setattr(figures, 'draw_misclassified', interrupt)
     assert f'resume it with: python train_fastai.py --resume {out}' in ends(capsys, 130, start, folder=folder, out=out)
-    assert (out/'model.pth').exists()
+    assert not (out/'model.pth').exists()
     monkeypatch.undo()
     main(resume=out)
     assert differences(whole, out) == []
@@ -632,6 +633,14 @@ def test_the_rate_ends_at_lr_end(folder, tmp_path):
     main(data=folder, out=tmp_path/'out', epochs=4, bs=8, lr_min=1e-4, lr_max=1e-3, lr_end=1e-6)
     lrs = pd.read_csv(tmp_path/'out/schedule.csv').lr
     assert list(lrs) == pytest.approx([one_cycle(i, 12, 1e-4, 1e-3, 1e-6) for i in range(12)])
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_the_rate_cannot_end_above_a_peak_that_was_found(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_fastai, 'find_lrs', lambda _: (1e-4, 1e-3))
+    monkeypatch.setattr(train_fastai, 'save_finder', lambda *_: None)
+    line = ends(capsys, 2, main, data=folder, out=tmp_path/'out', bs=8, lr_end=2e-3)
+    assert '--lr-end 0.002 is larger than LRMAX, 1.00e-03' in line
 
 
 def small_network() -> nn.Module:
