@@ -7,7 +7,7 @@
 #   wrap around. It is meant for normalised float images, where it works.
 # Seen (torchvision 0.29.1, torch 2.14.1, Python 3.11, 2026-11), of the values in the holes:
 #   uint8: 0 68 %, 1 or 255 27 %, others 5 %; from 10 to 245: 0 %
-#   float32: mean 0.00, standard deviation 1.00
+#   float32: mean -0.00, standard deviation 1.00
 #   value=0.5: 0
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
