@@ -244,6 +244,14 @@ def test_the_findings_are_those_of_the_published_results():
     means = [page.format_percent(default[k]) for k in ('accuracy', 'accuracy_flip')]
     assert f'**{means[0]}** after 24 epochs ({means[1]} with flip averaging)' in found
     assert f'standard deviation of {100 * default.accuracy.std():.2f} points' in found
+    cpu = results[(results.table == 'seeds') & results.device.str.contains('EPYC')].set_index('seed')
+    means = [page.format_percent(cpu[k]) for k in ('accuracy', 'accuracy_flip')]
+    assert f'seeds 42 to 44 reach {means[0]} ({means[1]} with flip averaging)' in found
+    assert ({*cpu.torch}, {*cpu.arm}, [*cpu.index]) == ({'2.14.1'}, {'experiment'}, [42, 43, 44])
+    for k, words in (('accuracy', 'torch 2.11 is'), ('accuracy_flip', 'with flip averaging')):
+        difference, error = 100 * (cpu[k].mean() - default[k].mean()), 100 * math.hypot(cpu[k].sem(), default[k].sem())
+        assert f'{words} {difference:.2f} points (standard error {error:.2f})' in found
+        assert abs(difference) < 2 * error, 'then it is not none'
     plain, flips = (100 * (default[k] - quarter[k]) for k in ('accuracy', 'accuracy_flip'))
     assert f'better by {page.format_mean(plain)} points, which is none' in found
     assert f'by {page.format_mean(flips)} points, {flips.mean() / flips.sem():.1f} standard errors' in found

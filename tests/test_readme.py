@@ -66,6 +66,9 @@ def test_the_published_run_is_a_row_of_the_results_and_of_todays_defaults(result
     for package in ('torch', 'torchvision', 'fastai'): assert m['versions'][package].split('+')[0] == pins[package]
     assert (f"a full run, of seed {m['seed']} on two cores of an AMD EPYC with torch {pins['torch']}: "
             f"{100 * m['test_accuracy']:.2f} %") in UNWRAPPED
+    alike = results[(results.table == 'seeds') & (results.arm == 'experiment') & results.device.str.contains('EPYC')]
+    assert len(alike) == 3
+    assert f'(three seeds there: {format_percent(alike.accuracy)})' in UNWRAPPED
     assert m['device'] == 'cpu, AMD EPYC, 2 threads'
     assert f"that they reach {100 * m['published']['test_accuracy']:.2f} %" in UNWRAPPED
     changed = {k: v for k, v in m['options'].items() if k in vars(Options()) and v != getattr(Options(), k)}
