@@ -126,7 +126,7 @@ def test_half_a_data_set_is_not_taken_for_the_whole(server, tmp_path, capsys):
     for _ in range(2):
         message = ends(capsys, 2, main, out=tmp_path/'out')
         home = tmp_path/'home'
-        found = re.match(r'error: (.*) holds (\d+) of the 36 images of CIFAR-10; remove it, and (.*) if', message)
+        found = re.match(r'error: (.*) holds (\d+) of the 36 images of CIFAR-10; remove it \(and (.*), if', message)
         assert found.groups() == (f'{home}/data/cifar10', found[2], f'{home}/archive/cifar10.tgz')
         assert 0 < int(found[2]) < 36
     shutil.rmtree(found[1])
