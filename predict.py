@@ -26,7 +26,7 @@ from lab.evaluate import count_confusions, get_log_probs, list_confusions, score
 from lab.learner import replaced
 from lab.loader import SIZE, BatchDL, FitSize, RGBImage, check_access, check_names, fingerprint
 from lab.report import percent
-from lab.runs import load_state, write_whole
+from lab.runs import is_finished, load_state, write_whole
 from lab.sources import get_data
 from train_fastai import get_dls, get_learner
 
@@ -43,7 +43,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     ones, predict in float32. Raises `InputError`.
     """
     run = Path(run)
-    if not os.path.exists(run/'model.pth'):
+    if not is_finished(run):
         raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
     try:
         m = json.loads((run/'metrics.json').read_bytes())

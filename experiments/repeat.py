@@ -33,7 +33,7 @@ from callbacks import MovingAverage, SeedEpochs
 from lab import finder
 from lab.evaluate import get_log_probs
 from lab.learner import fused_adam, replaced
-from lab.runs import Checkpoint, load_state, write_whole
+from lab.runs import Checkpoint, is_finished, load_state, write_whole
 from lab.sources import get_data
 from lab.speed import device_name, resolve_precision
 from predict import load_run
@@ -166,7 +166,7 @@ def describe(dls: DataLoaders) -> dict:
 
 def run_experiment(arm: dict, data: str | None, path: Path, bs: int, seed: int, epochs: int, folder: Path) -> dict:
     """Run train_fastai.py in `folder`, or resume it there, and return its row; `path` is where its images are."""
-    if not (folder/'model.pth').exists():
+    if not is_finished(folder):
         if (folder/Checkpoint.file).exists(): train_fastai(resume=folder)
         else:
             options = {k: v for k, v in arm.items() if k != 'lr_max_factor'}

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Guess: torchvision's `TrivialAugmentWide()` moves a small image by a few pixels, as `RandAugment` and `AutoAugment`,
 #   which move by a share of the width, do.
-# What happens: it moves by up to 32 pixels, whatever the size. Of CIFAR-10's images it leaves one in two hundred black
-#   altogether and one in fourteen mostly black, all with their labels.
+# What happens: it moves by up to 32 pixels, whatever the size. Of images of CIFAR-10's size it leaves one in two hundred
+#   black altogether and one in fourteen mostly black, all with their labels.
 # Why: TrivialAugmentWide (torchvision/transforms/v2/_auto_augment.py) draws translations from 0 to 32 pixels, the range
-#   of the paper (arXiv:2103.10158); the other two scale theirs with the image, and lose more than half of it only
-#   where two transforms of a pair move it.
+#   of the paper (arXiv:2103.10158); the other two scale theirs with the image.
 # Seen (torchvision 0.29.1, torch 2.14.1, Python 3.11, 2026-11), of 5,000 images of 32×32:
 #   TrivialAugmentWide: black altogether 0.5 %, mostly black 7.1 %
 #   RandAugment: black altogether 0.0 %, mostly black 0.0 %
