@@ -129,8 +129,8 @@ def get_learner(dls: DataLoaders, model: nn.Module | Callable | None = None, opt
 def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
-    With batches smaller than 32 it is the median of seven finders, unless an epoch is short. With Adam a finder sees
-    256 images of a larger batch (see `median_lrs`). Raises `RunError`.
+    With batches smaller than 32 it is the median of seven finders, unless an epoch is short (see `median_lrs`). Raises
+    `RunError`.
     """
     find = partial(learn.lr_find, suggest_funcs=(valley, basin), show_plot=False)
     lr_min, lr_max = median_lrs(learn, find)

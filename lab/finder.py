@@ -5,7 +5,7 @@ import tempfile
 from fastai.vision.all import *
 
 from lab.errors import InputError, RunError, one_line
-from lab.learner import fused_adam, replaced
+from lab.learner import replaced
 from lab.speed import keep_random_state
 
 # Measured in experiments/README.md: on held-out images a quarter of this share was 0.4 to 0.5 points worse and half of
@@ -14,8 +14,6 @@ PEAK_SHARE = 0.4  # of the middle of the basin
 CLOSE = 0.1  # a loss is close to the least within this share of the whole descent
 # With batches of 8 single finders differed by factors of 10 to 19, their median of seven by 2.8; with 32 by 4.1.
 SMALL_BATCH, FINDERS = 32, 7
-# Found with batches of 256, LRMAX times √2 is 0.98 to 1.18 times that found with 512, and varies no more between seeds.
-LARGE_BATCH = 256
 MIN_BATCHES = 25  # an epoch of fewer batches trains so little that seven finders would take longer than the run
 
 
@@ -39,29 +37,18 @@ def reinitialised(learn: Learner, seed: int):
     finally: learn.model.load_state_dict(weights)
 
 
-def uses_adam(learn: Learner) -> bool:
-    """Whether `learn` trains with Adam or AdamW, of fastai or of torch."""
-    make = learn.opt_func
-    torchs = getattr(make, 'keywords', {}).get('opt')
-    return getattr(make, 'func', make) in (fused_adam, Adam) or torchs in (torch.optim.Adam, torch.optim.AdamW)
-
-
 def median_lrs(learn: Learner, find: Callable) -> tuple[float, float]:
     """(LRMIN, LRMAX) of the `find()` with the median LRMAX of several, which run `learn.lr_find`; it stays recorded.
 
     One finder is enough unless batches are smaller than `SMALL_BATCH`; then all but the first start from other initial
-    weights and see other batches. With Adam a finder sees batches of `LARGE_BATCH` at most, since larger ones take
-    longer; its rates, and those of its curve, are then multiplied by the square root of the ratio, which is Adam's rule
-    (arXiv:2205.10287). LRMIN is at most a tenth of LRMAX. Raises `RunError` if none has a usable answer.
+    weights and see other batches. LRMIN is at most a tenth of LRMAX. Raises `RunError` if none has a usable answer.
     """
     found, seed, bs = [], learn.seed_epochs.seed, getattr(learn.dls, 'bs', None)  # torch's own loaders have none
     several = bs and bs < SMALL_BATCH and len(learn.dls.train) >= MIN_BATCHES
-    factor = (bs / LARGE_BATCH) ** 0.5 if bs and bs > LARGE_BATCH and uses_adam(learn) else 1
     for i in range(FINDERS if several else 1):
         other = reinitialised(learn, (seed + 1000 * i) % 2**32) if i else contextlib.nullcontext()
-        smaller = replaced(learn.dls.train, 'bs', LARGE_BATCH) if factor > 1 else contextlib.nullcontext()
         try:
-            with tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp), smaller, other:
+            with tempfile.TemporaryDirectory() as tmp, replaced(learn, 'model_dir', tmp), other:
                 lr_min, lr_max = find()
             if not (0 < lr_min < float('inf') and 0 < lr_max < float('inf')): raise ValueError('no usable rates')
             found.append((lr_max, lr_min, learn.recorder.lrs, learn.recorder.losses))
@@ -71,8 +58,8 @@ def median_lrs(learn: Learner, find: Callable) -> tuple[float, float]:
             trouble = one_line(e) if all(finite) else f'the loss was not finite from batch {finite.index(False) + 1} on'
     if not found: raise RunError(f'the LR finder failed ({trouble}); set --lr-min and --lr-max')
     lr_max, lr_min, lrs, learn.recorder.losses = sorted(found)[len(found) // 2]
-    learn.recorder.lrs, lr_max = [factor * lr for lr in lrs], factor * lr_max
-    return min(factor * lr_min, lr_max / 10), lr_max
+    learn.recorder.lrs = lrs
+    return min(lr_min, lr_max / 10), lr_max
 
 
 def plot_lrs(recorder: Recorder, lr_min: float, lr_max: float):

@@ -4,7 +4,7 @@ import re
 
 import pandas as pd
 
-from lab.finder import FINDERS, LARGE_BATCH, PEAK_SHARE, SMALL_BATCH
+from lab.finder import FINDERS, PEAK_SHARE, SMALL_BATCH
 
 REFERENCE = dict(parameters=6_573_130, train_accuracy=.9860, test_accuracy=.9307, first_epoch_over_90=19)
 
@@ -18,9 +18,6 @@ loss is close to the least.*
 SEVERAL = f"""
 *With batches smaller than {SMALL_BATCH} finders disagree: this is the one of {FINDERS} with the median LRMAX (or a
 single one, if an epoch is short).*
-"""
-PART = f"""
-*The finder sees batches of {LARGE_BATCH} images. Its rates are multiplied by √(batch size / {LARGE_BATCH}).*
 """
 QUICK = """
 > **A quick look**: one image in ten, a few epochs, small batches. It shows what a run writes; its numbers say nothing
@@ -114,8 +111,7 @@ correctly. The target of 90 % was {f'first passed at epoch {over}' if over else 
 {assignment}
 
 ## Learning rates
-{FINDER if finder else ''}{SEVERAL if finder and m['batch_size'] < SMALL_BATCH else ''}\
-{PART if finder and m['batch_size'] > LARGE_BATCH and recipe['optimizer'] in ('Adam', 'AdamW') else ''}
+{FINDER if finder else ''}{SEVERAL if finder and m['batch_size'] < SMALL_BATCH else ''}
 ![Learning rate and momentum of every training batch](schedule.png)
 
 *One cycle: the rate rises from {start} to {top}, its peak at training batch {peak['batch']:,} of {len(schedule):,},
