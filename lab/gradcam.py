@@ -7,9 +7,10 @@ from torch import Tensor, nn
 def grad_cam(model: nn.Module, images: Tensor, targets: Tensor, bs: int = 64) -> Tensor | None:
     """Maps of what spoke for the classes `targets`, (N, k) int64, in normalised `images`, (N, C, H, W) float.
 
-    They are (N, k, h, w) float32 on the CPU, each from 0 to 1 at its largest value, or all 0 if nothing spoke for the
-    class. They come from the last module whose output has more than one place (`layer3` of `ResNet`, 4 × 4); the scores
-    are the output of the last `Linear` after it. A network without the two gives None. `model` stays as it is.
+    They are (N, k, h, w) float32 on the CPU, from 0, where nothing spoke for the class, to 1, the largest value of an
+    image's k maps, which so can be compared. They come from the last module whose output has more than one place
+    (`layer3` of `ResNet`, 4 × 4); the scores are the output of the last `Linear` after it. A network without the two
+    gives None. `model` stays as it is.
     """
     modes, kept, cams = [(module, module.training) for module in model.modules()], [], []
 
@@ -32,4 +33,4 @@ def grad_cam(model: nn.Module, images: Tensor, targets: Tensor, bs: int = 64) ->
     finally:
         for module, mode in modes: module.training = mode
     cams = torch.cat(cams)
-    return cams / cams.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    return cams / cams.amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
