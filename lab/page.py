@@ -41,11 +41,9 @@ def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tens
     data = dict(classes=list(place), right=right.tolist(), matrix=len(place) <= MATRIX, cells=cells.values.tolist(),
                 wrong=[[*row, round(p, 4), round(min(loss, 1e4), 4)] for *row, p, loss in rows.itertuples(index=False)],
                 maps=maps is not None and [*maps.shape[2:], encode((255 * maps).round().byte().numpy())])
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                             undefined=jinja2.StrictUndefined)
-    return env.get_template('page.html').render(
+    template = jinja2.Template(Path(__file__).with_suffix('.html').read_text('utf-8'), autoescape=True,
+                               trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return template.render(
         m=m, data=data, accuracy=percent(m['test_accuracy'], 2), columns=COLUMNS, few=len(place) <= 12,
-        headline=f'{len(wrong):,} of {m["test_images"]:,} test images {"is" if len(wrong) == 1 else "are"} '
-                 'misclassified',
         sheets=[encode(draw_sheet(part)) for part in images.split(COLUMNS ** 2)],
         charts={title: encode(png) for title, png in charts.items()})
