@@ -1,98 +1,122 @@
 """What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights, NaN."""
+import hashlib
 import math
 
 from fastai.vision.all import *
 
 from lab.errors import RunError
 from lab.evaluate import list_misclassified
-from lab.learner import AFTER_RECORDER, FIRST, TrainingCallback
-from lab.processes import RANK
+from lab.speed import unwrap
+
+AFTER_RECORDER = Recorder.order + 1
+
+
+class TrainingCallback(Callback):
+    """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
+
+    def __call__(self, event_name: str):
+        if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
     """Derives all randomness of an epoch, shuffling and augmentation, from `seed` and the epoch's number alone.
 
-    Epochs are counted across the fits of a learner. With several processes all shuffle alike, but each draws its own
-    augmentations.
+    Epochs are counted across the fits of a learner. Each of several processes draws its own augmentations.
     """
-    order = FIRST
+    order = -20  # first
 
-    def __init__(self, seed: int): self.seed, self.earlier = seed, 0
+    def __init__(self, seed: int): self.seed, self.earlier, self.done = seed, 0, 0
 
-    def before_fit(self): self.earlier = len(self.history.rows)
+    def before_fit(self): self.earlier = self.done
 
     def before_train(self):
-        seed_and_epoch = f'{self.seed} {self.earlier + self.epoch}'
+        seed_and_epoch = f'{self.seed} {self.earlier + self.epoch}' + (f' {rank_distrib()}' if rank_distrib() else '')
         set_seed(random.Random(seed_and_epoch).getrandbits(32))
-        self.dls.train.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
-        if RANK: torch.manual_seed(random.Random(f'{seed_and_epoch} {RANK}').getrandbits(32))
+        dl = vars(self.dls.train).get('dl', self.dls.train)  # inside fastai's `DistributedDL`
+        dl.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
+
+    def after_train(self):
+        if not hasattr(self.learn, 'lr_finder'): self.done += 1
+
+
+def average(values: list[tuple[Tensor, int]]) -> float:
+    """The mean of the batches' `values`, each with its number of images, over all processes."""
+    if not values: return math.nan
+    sums = torch.stack([sum(v * n for v, n in values), torch.full_like(values[0][0], sum(n for _, n in values))])
+    if num_distrib() > 1: torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 class History(TrainingCallback):
     """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
-    Training figures are means over the epoch's batches as trained on, not smoothed. A row's `seconds` are those of the
-    epoch with its test; `seconds_training` leaves the tests out. The printed table is made from these figures.
+    Figures are means over an epoch's batches as trained on, and over the test's, not smoothed. A row's `seconds` are
+    those of the epoch with its test; `seconds_training` leaves the tests out.
     """
     order = AFTER_RECORDER
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
-    def __init__(self):
-        self.rows, self.schedule, self.seconds_training = [], [], 0.
-        self.train_loss, self.train_accuracy = AvgLoss(), AvgMetric(accuracy)
+    def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
 
-    def before_epoch(self): self.start = time.perf_counter()
-
-    def before_train(self):
-        for metric in (self.train_loss, self.train_accuracy): metric.reset()
+    def before_train(self): self.start, self.losses, self.accuracies = time.perf_counter(), [], []
 
     def after_batch(self):
+        if self.start is None or not len(self.yb): return
+        for values, value in ((self.losses, self.learn.loss.mean()), (self.accuracies, accuracy(self.pred, *self.yb))):
+            values.append((value.detach().as_subclass(Tensor).float(), find_bs(self.yb)))  # no batch waits for a GPU
         if not self.training: return
-        for metric in (self.train_loss, self.train_accuracy): metric.accumulate(self.learn)
         hypers = self.opt.hypers[-1]  # set by the scheduler before the batch: what its step used
         self.schedule.append(dict(batch=len(self.schedule) + 1, lr=float(hypers['lr']),
                                   momentum=float(hypers.get('mom', math.nan))))
 
-    def after_train(self): self.seconds_training += time.perf_counter() - self.start
+    def after_train(self):
+        self.seconds_training += time.perf_counter() - self.start
+        self.trained = [average(self.losses), average(self.accuracies)]
+        self.losses, self.accuracies = [], []
 
     def after_validate(self):
-        tested = dict(zip(self.recorder.metric_names, self.recorder.log, strict=False))  # the time comes later
-        self.rows.append(dict(
-            epoch=len(self.rows) + 1, train_loss=float(ifnone(self.train_loss.value, math.nan)),
-            train_accuracy=float(ifnone(self.train_accuracy.value, math.nan)),
-            test_loss=tested.get('valid_loss', math.nan), test_accuracy=tested.get('accuracy', math.nan),
-            seconds=time.perf_counter() - self.start))
+        if self.start is None: return  # a test without training
+        row = len(self.rows) + 1, *self.trained, average(self.losses), average(self.accuracies)
+        self.rows.append(dict(zip(self.columns, (*row, time.perf_counter() - self.start), strict=True)))
+        self.start = None
 
-    def printed_row(self, log: list) -> list:
-        """The recorder's `log`, or the names of its columns, as this table has it: epochs from 1, both accuracies."""
-        if log[0] == 'epoch':
-            return ['epoch', 'train_loss', 'train_accuracy', 'test_loss', *(
-                'test_accuracy' if name == 'accuracy' else name for name in log[3:])]
-        if len(log) < len(self.recorder.metric_names): return [log[0] + 1, *log[1:]]  # it was skipped or cut short
-        return [*[self.rows[-1][c] for c in self.columns[:3]], *log[2:]]
+    def train_accuracy(self) -> float: return self.trained[1]
 
     def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}
 
     def load_state_dict(self, state: dict): vars(self).update(state)
 
 
+def digest_weights(model: nn.Module) -> str:
+    """A digest of the weights and statistics of `model`, whatever their memory layout."""
+    digest = hashlib.sha256()
+    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Misclassified(TrainingCallback):
     """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
 
-    `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU.
+    `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU; `digests` tell
+    with which weights each epoch was tested.
     """
     order = AFTER_RECORDER
     log_probs = targets = batches = None
 
-    def before_validate(self): self.batches = []
+    def __init__(self): self.digests = []
+
+    def before_train(self): self.batches = []  # a test without training is none of an epoch's
 
     def after_batch(self):
-        if self.training or self.batches is None: return
+        if self.training or self.batches is None or not len(self.yb): return
         # Log-softmax leaves log-probabilities as they are, so a network may also end in logits.
         self.batches.append((F.log_softmax(self.pred.detach(), 1, dtype=torch.float32), *self.yb))
 
     def after_validate(self):
+        if self.batches is None: return
         batches, self.batches = self.batches, None
+        self.digests.append(digest_weights(self.model))
+        self.log_probs = self.targets = None
         if not batches or sum(len(o) for o, _ in batches) < len(self.dls.valid_ds): return  # skipped or cut short
         self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu() for o in zip(*batches, strict=True))
 
@@ -100,55 +124,51 @@ class Misclassified(TrainingCallback):
         """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""
         return list_misclassified(self.log_probs, self.targets, self.dls.valid_ds.items, self.dls.vocab, self.dls.path)
 
-    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets)
+    def find_epoch(self, model: nn.Module) -> int | None:
+        """The last epoch, from 1, that was tested with the weights of `model`."""
+        return last([i for i, digest in enumerate(self.digests, 1) if digest == digest_weights(model)] or [None])
+
+    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets, digests=self.digests)
 
     def load_state_dict(self, state: dict): vars(self).update(state)
 
 
 class StopOnNaN(TrainingCallback):
-    """Ends a fit at a loss that is not finite: `fit` raises `RunError`.
-
-    On a GPU it looks at the losses after each epoch: looking at every batch would keep the GPU waiting.
-    """
-    order = Recorder.order - 1
+    """Ends a fit after an epoch, or its test, whose loss was not finite, by `RunError`. No batch waits for a GPU."""
+    order = AFTER_RECORDER
 
     def before_train(self): self.finite = []
 
-    before_validate = before_train
-
-    def after_batch(self):
-        self.finite.append(torch.isfinite(self.loss).all())
-        if self.loss.device.type == 'cpu' and not self.finite[-1]: self.stop(len(self.finite))
+    def after_batch(self): self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
 
     def after_train(self):
-        finite = torch.stack(self.finite).tolist() if self.finite else []
-        if not all(finite): self.stop(finite.index(False) + 1)
+        finite, self.finite = [bool(o) for o in self.finite], []
+        if all(finite): return
+        at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
+        raise RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; lower --lr-max (the rate is '
+                       f'{self.opt.hypers[-1]["lr"]:.2e})')
 
     after_validate = after_train
 
-    def stop(self, batch: int):
-        at = f'batch {batch} of {self.n_iter} of' if self.training else 'the test after'
-        peak = max(self.recorder.lrs + [self.opt.hypers[-1]['lr']])
-        self.learn.error = RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; '
-                                    f'lower --lr-max (the rate had reached {peak:.2e})')
-        raise CancelFitException
 
+class WeightAverage(TrainingCallback):
+    """Tests, and at the end keeps, a moving average of the weights and of batch norm's statistics.
 
-class MovingAverage:
-    """An exponential moving average of a model's weights, and of batch norm's statistics, in the copy `module`.
-
-    `decay` is per step; it ramps up so that the initial weights are forgotten. (torch's AveragedModel would wait for
-    the GPU at every step.)
+    An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
+    approximates. What was tested stays in the model until the next epoch, where callbacks that save the best model
+    look for it. `decay` is per step; it ramps up over about `ramp` steps, as in TensorFlow, since with a constant decay
+    a short run's average remembers its start. (torch's AveragedModel moves its counter to the GPU, and waits for it.)
     """
-    ramp = 10  # steps, as in TensorFlow; with a constant decay a short run's average remembers its start
+    order, ramp = AFTER_RECORDER, 10
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.module, self.decay, self.steps = deepcopy(model), decay, 0
+    def __init__(self, decay: float): self.decay = decay
+
+    def before_fit(self):
+        self.module, self.steps, self.swapped = deepcopy(unwrap(self.model)), 0, False
         self.average, self.latest = ([t.data for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
-                                     for m in (self.module, model))
+                                     for m in (self.module, unwrap(self.model)))
 
-    def update(self):
-        """Takes in the model's weights after a step."""
+    def after_step(self):
         decay = min(self.decay, (1 + self.steps) / (self.ramp + self.steps)) if self.steps else 0.
         torch._foreach_lerp_(self.average, self.latest, 1 - decay)
         self.steps += 1
@@ -159,31 +179,6 @@ class MovingAverage:
             kept = average.clone()
             average.copy_(latest)
             latest.copy_(kept)
-
-    def state_dict(self) -> dict: return dict(steps=self.steps, module=self.module.state_dict())
-
-    def load_state_dict(self, state: dict):
-        self.steps = state['steps']
-        self.module.load_state_dict(state['module'])
-
-
-class WeightAverage(TrainingCallback):
-    """Tests, and at the end keeps, a `MovingAverage` of the weights instead of those of the last step.
-
-    An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
-    approximates. What was tested stays in the model until the next epoch, where callbacks that save the best model
-    look for it.
-    """
-    order = AFTER_RECORDER
-
-    def __init__(self, decay: float): self.decay = decay
-
-    def before_fit(self): self.average, self.swapped = MovingAverage(get_model(self.model), self.decay), False
-
-    def after_step(self): self.average.update()
-
-    def swap(self):
-        self.average.swap()
         self.swapped = not self.swapped
 
     def before_epoch(self):
@@ -193,10 +188,10 @@ class WeightAverage(TrainingCallback):
 
     def after_fit(self):
         if not self.swapped: self.swap()  # something ended an epoch before its test
-        del self.average
+        del self.module, self.average, self.latest
 
-    def state_dict(self) -> dict: return dict(self.average.state_dict(), swapped=self.swapped)
+    def state_dict(self) -> dict: return dict(steps=self.steps, swapped=self.swapped, module=self.module.state_dict())
 
     def load_state_dict(self, state: dict):
-        self.average.load_state_dict(state)
-        self.swapped = state['swapped']
+        self.steps, self.swapped = state['steps'], state['swapped']
+        self.module.load_state_dict(state['module'])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lab.page import write_page
 
-METRICS = dict(test_images=10_000, test_accuracy=0.9273, epochs=24, seed=42, quick_look=False)
+METRICS = dict(test_images=10_000, test_accuracy=0.9273, epochs=24, seed=42, options=dict(quick=False))
 NAMES = ['cat', '<b>x</b>', '</script><script>alert("run")</script>']
 
 
@@ -57,7 +57,7 @@ def test_its_data_are_those_of_the_tables():
     assert '<h1>7 of 10,000 test images are misclassified </h1>' in page
     assert '92.73 % test accuracy after 24 epochs, seed 42.' in page
     assert '<h1>1 of 10,000 test images is misclassified </h1>' in make_page(['cat', 'dog'], 1)[0]
-    assert '<span class="quick">quick look</span></h1>' in make_page(['cat', 'dog'], 0, quick_look=True)[0]
+    assert '<span class="quick">quick look</span></h1>' in make_page(['cat', 'dog'], 0, options=dict(quick=True))[0]
 
 
 def test_its_images_are_the_networks_pixel_by_pixel():
