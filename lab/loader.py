@@ -31,17 +31,20 @@ def list_images(path: Path, folders: Sequence[str] = ()) -> L:
     return files.filter(lambda f: f.suffix.lower() in EXTENSIONS)
 
 
-def image_files(path: str | Path, every: int = 1) -> L:
+def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted; of each class one in `every`.
 
-    Where there is no `test`, the folder may be called `valid` or `val`. Raises `InputError` for any other layout.
+    Where there is no `test`, the folder may be called `valid` or `val`. Without `split` they are `path/<class>/*`.
+    Raises `InputError` for any other layout.
     """
     path = Path(path)
     if not path.is_dir(): raise InputError(f'data folder {path} {"is a file" if path.exists() else "does not exist"}')
+    if not split: return L(o[::every] for o in groupby(list_images(path), lambda f: f.parent).values()).concat()
     test = first(name for name in TEST_FOLDERS if (path/name).is_dir())
     if not test or not (path/'train').is_dir():
         raise InputError(f'data folder {path} has no folder "{"train" if test else "test"}"; images belong in '
-                         'train/<class>/ and test/<class>/ (or valid/, val/)')
+                         'train/<class>/ and test/<class>/ (or valid/, val/); get_dls(path, valid_pct=0.2) takes '
+                         '<class>/ alone')
     files = list_images(path, ['train', test])
     if stray := first(f for f in files if f.parent.parent.parent != path):
         raise InputError(f'{stray} is not where an image belongs: <split>/<class>/<image>')

@@ -47,7 +47,7 @@ def get_folder(name: str, fill: Callable) -> Path:
                 if not is_whole(made, name): raise ValueError('images are missing')
                 made.rename(path)
     if is_whole(path, name): return path
-    raise InputError(f'{path} does not hold the {SIZES[name]:,} images of CIFAR-10; remove it, and it will be made again')
+    raise InputError(f'{path} does not hold the {SIZES[name]:,} images of CIFAR-10; remove it to get them again')
 
 
 def unpack(archive: Path, tmp: Path) -> Path:
@@ -104,5 +104,6 @@ def get_data(path: str | Path | None = None) -> Path:
         return get_first(dict(cifar10=download, cifar10_torchvision=partial(write_torchvisions, None)), 'CIFAR-10')
     path = Path(path)
     if path.name in (CIFAR10.base_folder, CIFAR10.filename): path = path.parent
-    if (path/'train').exists() or not any((path/o).exists() for o in (CIFAR10.base_folder, CIFAR10.filename)): return path
+    holds_copy = any((path/o).exists() for o in (CIFAR10.base_folder, CIFAR10.filename))
+    if (path/'train').exists() or not holds_copy: return path
     return get_first(dict(cifar10_torchvision=partial(write_torchvisions, path)), f'CIFAR-10 in {path}')
