@@ -12,6 +12,7 @@ from fastai.vision.all import Callback, MixedPrecision
 from PIL import Image
 
 from arch import ResNet
+from lab import results
 from lab.sources import get_sample
 from train_fastai import get_dls, main
 
@@ -98,6 +99,12 @@ def run(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp('runs')/'whole'
     main(args(data=folder, out=out, **SIX_EPOCHS))
     return out
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """In this test runs draw no figures, which takes longer than to train them."""
+    monkeypatch.setattr(results, 'save_figure', lambda *_: None)
 
 
 @pytest.fixture
