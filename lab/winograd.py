@@ -156,8 +156,13 @@ class WinogradConv2d(nn.Conv2d):
         return Winograd.apply(x.as_subclass(Tensor), self.weight).as_subclass(type(x))
 
 
-def fits_winograd(module: nn.Module) -> bool:
-    """Whether `WinogradConv2d` computes what the convolution `module` does, and sooner."""
+def is_plain_3x3(module: nn.Module) -> bool:
+    """Whether `module` is a 3×3 convolution with stride 1, zeros around and no bias."""
     return type(module) is nn.Conv2d and module.bias is None and (
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros')) and min(module.weight.shape[:2]) >= MIN_CHANNELS
+        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
+
+
+def wins(conv: nn.Conv2d) -> bool:
+    """Whether Winograd's products save `conv`, a plain 3×3, more time than they cost."""
+    return min(conv.weight.shape[:2]) >= MIN_CHANNELS and torch.get_float32_matmul_precision() == 'highest'
