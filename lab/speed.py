@@ -185,7 +185,8 @@ def fast(learn: Learner):
 
     On a CPU freed memory is kept for the next step. A network whose class names a `memory_format`, as `ResNet` does,
     is brought into that layout, its convolutions are computed by Winograd's products in float32 on a CPU, or side by
-    side in bfloat16 with AMX, and on a GPU its training step is recorded. Any other network keeps its layout, since it may use `view`. Numbers are the same, to rounding.
+    side in bfloat16 with AMX, and on a GPU its training step is recorded. Any other network keeps its layout, since it
+    may use `view`. Numbers are the same, to rounding.
     """
     cbs, gpu = L(Guard()), next(learn.model.parameters()).is_cuda
     if gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format'): cbs.append(CUDAGraph())
