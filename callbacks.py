@@ -1,98 +1,129 @@
 """What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights, NaN."""
+import hashlib
 import math
 
 from fastai.vision.all import *
 
 from lab.errors import RunError
 from lab.evaluate import list_misclassified
-from lab.learner import AFTER_RECORDER, FIRST, TrainingCallback
-from lab.processes import RANK
+from lab.speed import unwrap
+
+AFTER_RECORDER = Recorder.order + 1
+
+
+class TrainingCallback(Callback):
+    """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
+
+    def __call__(self, event_name: str):
+        if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
     """Derives all randomness of an epoch, shuffling and augmentation, from `seed` and the epoch's number alone.
 
-    Epochs are counted across the fits of a learner. With several processes all shuffle alike, but each draws its own
-    augmentations.
+    Epochs are counted across the fits of a learner. Each of several processes draws its own augmentations.
     """
-    order = FIRST
+    order = -20  # first
 
-    def __init__(self, seed: int): self.seed, self.earlier = seed, 0
+    def __init__(self, seed: int): self.seed, self.earlier, self.done = seed, 0, 0
 
-    def before_fit(self): self.earlier = len(self.history.rows)
+    def before_fit(self): self.earlier = self.done
 
     def before_train(self):
-        seed_and_epoch = f'{self.seed} {self.earlier + self.epoch}'
+        seed_and_epoch = f'{self.seed} {self.earlier + self.epoch}' + (f' {rank_distrib()}' if rank_distrib() else '')
         set_seed(random.Random(seed_and_epoch).getrandbits(32))
-        self.dls.train.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
-        if RANK: torch.manual_seed(random.Random(f'{seed_and_epoch} {RANK}').getrandbits(32))
+        dl = vars(self.dls.train).get('dl', self.dls.train)  # inside fastai's `DistributedDL`
+        dl.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
+
+    def after_train(self):
+        if not hasattr(self.learn, 'lr_finder'): self.done += 1
+
+
+class Mean:
+    """The mean of what batches add, over all processes: no batch waits for a GPU, nor for other processes."""
+
+    def __init__(self): self.total, self.n = 0., 0
+
+    def add(self, value: Tensor, n: int): self.total, self.n = self.total + value.detach() * n, self.n + n
+
+    def compute(self) -> float:
+        if not self.n: return math.nan
+        both = torch.stack([self.total.float(), torch.full_like(self.total, self.n).float()]).as_subclass(Tensor)
+        if num_distrib() > 1: torch.distributed.all_reduce(both)
+        return (both[0] / both[1]).item()
 
 
 class History(TrainingCallback):
     """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
-    Training figures are means over the epoch's batches as trained on, not smoothed. A row's `seconds` are those of the
-    epoch with its test; `seconds_training` leaves the tests out. The printed table is made from these figures.
+    Figures are means over an epoch's batches as trained on, and over the test's, not smoothed. A row's `seconds` are
+    those of the epoch with its test; `seconds_training` leaves the tests out.
     """
     order = AFTER_RECORDER
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
-    def __init__(self):
-        self.rows, self.schedule, self.seconds_training = [], [], 0.
-        self.train_loss, self.train_accuracy = AvgLoss(), AvgMetric(accuracy)
+    def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
 
-    def before_epoch(self): self.start = time.perf_counter()
+    def before_train(self): self.start, self.loss_mean, self.accuracy_mean = time.perf_counter(), Mean(), Mean()
 
-    def before_train(self):
-        for metric in (self.train_loss, self.train_accuracy): metric.reset()
+    def before_validate(self): self.loss_mean, self.accuracy_mean = Mean(), Mean()
 
     def after_batch(self):
+        if self.start is None or not len(self.yb): return
+        self.loss_mean.add(self.learn.loss.mean(), find_bs(self.yb))
+        self.accuracy_mean.add(accuracy(self.pred, *self.yb), find_bs(self.yb))
         if not self.training: return
-        for metric in (self.train_loss, self.train_accuracy): metric.accumulate(self.learn)
         hypers = self.opt.hypers[-1]  # set by the scheduler before the batch: what its step used
         self.schedule.append(dict(batch=len(self.schedule) + 1, lr=float(hypers['lr']),
                                   momentum=float(hypers.get('mom', math.nan))))
 
-    def after_train(self): self.seconds_training += time.perf_counter() - self.start
+    def after_train(self):
+        self.seconds_training += time.perf_counter() - self.start
+        self.trained = dict(train_loss=self.loss_mean.compute(), train_accuracy=self.accuracy_mean.compute())
 
     def after_validate(self):
-        tested = dict(zip(self.recorder.metric_names, self.recorder.log, strict=False))  # the time comes later
-        self.rows.append(dict(
-            epoch=len(self.rows) + 1, train_loss=float(ifnone(self.train_loss.value, math.nan)),
-            train_accuracy=float(ifnone(self.train_accuracy.value, math.nan)),
-            test_loss=tested.get('valid_loss', math.nan), test_accuracy=tested.get('accuracy', math.nan),
-            seconds=time.perf_counter() - self.start))
+        if self.start is None: return  # a test without training
+        self.rows.append(dict(epoch=len(self.rows) + 1, **self.trained, test_loss=self.loss_mean.compute(),
+                              test_accuracy=self.accuracy_mean.compute(), seconds=time.perf_counter() - self.start))
+        self.start = None
 
-    def printed_row(self, log: list) -> list:
-        """The recorder's `log`, or the names of its columns, as this table has it: epochs from 1, both accuracies."""
-        if log[0] == 'epoch':
-            return ['epoch', 'train_loss', 'train_accuracy', 'test_loss', *(
-                'test_accuracy' if name == 'accuracy' else name for name in log[3:])]
-        if len(log) < len(self.recorder.metric_names): return [log[0] + 1, *log[1:]]  # it was skipped or cut short
-        return [*[self.rows[-1][c] for c in self.columns[:3]], *log[2:]]
+    def train_accuracy(self) -> float: return self.trained['train_accuracy']
 
     def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}
 
     def load_state_dict(self, state: dict): vars(self).update(state)
 
 
+def digest_weights(model: nn.Module) -> str:
+    """A digest of the weights and statistics of `model`, whatever their memory layout."""
+    digest = hashlib.sha256()
+    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Misclassified(TrainingCallback):
     """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
 
-    `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU.
+    `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU; `digests` tell
+    with which weights each epoch was tested.
     """
     order = AFTER_RECORDER
     log_probs = targets = batches = None
 
-    def before_validate(self): self.batches = []
+    def __init__(self): self.digests = []
+
+    def before_train(self): self.batches = []  # a test without training is none of an epoch's
 
     def after_batch(self):
-        if self.training or self.batches is None: return
+        if self.training or self.batches is None or not len(self.yb): return
         # Log-softmax leaves log-probabilities as they are, so a network may also end in logits.
         self.batches.append((F.log_softmax(self.pred.detach(), 1, dtype=torch.float32), *self.yb))
 
     def after_validate(self):
+        if self.batches is None: return
         batches, self.batches = self.batches, None
+        self.digests.append(digest_weights(self.model))
+        self.log_probs = self.targets = None
         if not batches or sum(len(o) for o, _ in batches) < len(self.dls.valid_ds): return  # skipped or cut short
         self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu() for o in zip(*batches, strict=True))
 
@@ -100,45 +131,40 @@ class Misclassified(TrainingCallback):
         """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""
         return list_misclassified(self.log_probs, self.targets, self.dls.valid_ds.items, self.dls.vocab, self.dls.path)
 
-    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets)
+    def find_epoch(self, model: nn.Module) -> int | None:
+        """The last epoch, from 1, that was tested with the weights of `model`."""
+        return last([i for i, digest in enumerate(self.digests, 1) if digest == digest_weights(model)] or [None])
+
+    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets, digests=self.digests)
 
     def load_state_dict(self, state: dict): vars(self).update(state)
 
 
 class StopOnNaN(TrainingCallback):
-    """Ends a fit at a loss that is not finite: `fit` raises `RunError`.
-
-    On a GPU it looks at the losses after each epoch: looking at every batch would keep the GPU waiting.
-    """
-    order = Recorder.order - 1
+    """Ends a fit after an epoch, or its test, whose loss was not finite, by `RunError`. No batch waits for a GPU."""
+    order = AFTER_RECORDER
 
     def before_train(self): self.finite = []
 
     before_validate = before_train
 
-    def after_batch(self):
-        self.finite.append(torch.isfinite(self.loss).all())
-        if self.loss.device.type == 'cpu' and not self.finite[-1]: self.stop(len(self.finite))
+    def after_batch(self): self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
 
     def after_train(self):
         finite = torch.stack(self.finite).tolist() if self.finite else []
-        if not all(finite): self.stop(finite.index(False) + 1)
+        if all(finite): return
+        at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
+        raise RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; lower --lr-max (the rate is '
+                       f'{self.opt.hypers[-1]["lr"]:.2e})')
 
     after_validate = after_train
-
-    def stop(self, batch: int):
-        at = f'batch {batch} of {self.n_iter} of' if self.training else 'the test after'
-        peak = max(self.recorder.lrs + [self.opt.hypers[-1]['lr']])
-        self.learn.error = RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; '
-                                    f'lower --lr-max (the rate had reached {peak:.2e})')
-        raise CancelFitException
 
 
 class MovingAverage:
     """An exponential moving average of a model's weights, and of batch norm's statistics, in the copy `module`.
 
     `decay` is per step; it ramps up so that the initial weights are forgotten. (torch's AveragedModel would wait for
-    the GPU at every step.)
+    the GPU at every step, as it moves its counter there.)
     """
     ramp = 10  # steps, as in TensorFlow; with a constant decay a short run's average remembers its start
 
@@ -178,7 +204,7 @@ class WeightAverage(TrainingCallback):
 
     def __init__(self, decay: float): self.decay = decay
 
-    def before_fit(self): self.average, self.swapped = MovingAverage(get_model(self.model), self.decay), False
+    def before_fit(self): self.average, self.swapped = MovingAverage(unwrap(self.model), self.decay), False
 
     def after_step(self): self.average.update()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a finished run is good for: predictions, and an evaluation of images whose classes are known.
+"""Use a finished run: classify images, evaluate a labelled folder, export the network.
 
     python predict.py runs/X cat.png dog.jpg     # class and probability of each, and the next two candidates
     python predict.py runs/X pictures            # the same for every image in a folder
@@ -8,9 +8,7 @@
 
 From Python, `learn = load_run('runs/X')` is a fastai `Learner` with the run's weights.
 """
-from lab import errors  # first: it silences fastai's import and lets Ctrl-C end it
-
-if __name__ == '__main__': errors.end_quietly_while_importing('predict.py')
+import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import argparse
 import importlib
@@ -19,15 +17,16 @@ import json
 import sys
 
 from fastai.vision.all import *
+from sklearn.metrics import confusion_matrix
 
 from arch import ResNet
 from lab.errors import InputError, one_line_errors
-from lab.evaluate import count_confusions, get_log_probs, list_confusions, score_classes
-from lab.learner import replaced
-from lab.loader import SIZE, BatchDL, FitSize, RGBImage, check_access, check_names, fingerprint
+from lab.evaluate import get_log_probs, list_confusions, per_class_scores
+from lab.loader import SIZE, BatchDL, CenterResize, RGBImage, decode_images, list_images, show_progress
 from lab.report import percent
-from lab.runs import is_finished, load_state, write_whole
+from lab.runs import atomic_write, load_state
 from lab.sources import get_data
+from lab.speed import fast
 from train_fastai import get_dls, get_learner
 
 EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors.torch'}  # by what writes them
@@ -35,21 +34,19 @@ OPSET = 20  # the version of ONNX's operators
 
 
 def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module | None = None) -> Learner:
-    """A fastai `Learner` with the weights of the finished run in the folder `run`; nothing is unpickled.
+    """A fastai `Learner` with the weights and the recipe of the finished run in the folder `run`; nothing is unpickled.
 
-    Without `data` it reads no images, which is enough to predict; what needs the run's images, to validate, show
-    results or train on, raises `InputError`. With `data`, the folder of those images or of a copy, everything works.
-    A run of another network than `ResNet` needs that as `model`. Weights that are stored in float16, as the published
-    ones, predict in float32. Raises `InputError`.
+    Without `data` it has no images, which is enough to predict. With `data`, a folder of images of the same classes,
+    everything works. A run of another network than `ResNet` needs that as `model`. Weights that are stored in float16,
+    as the published ones, predict in float32. What the learner saves goes to `run/learner`. Raises `InputError`.
     """
     run = Path(run)
-    if not is_finished(run):
+    if not (run/'model.pth').exists():
         raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
     try:
         m = json.loads((run/'metrics.json').read_bytes())
-        classes, images, precision, o = list(m['classes']), m['fingerprint'], m['precision'], m['options']
-        bs, quick = o['bs'], o.get('quick', o.get('taste'))  # its name in earlier versions
-        if not classes or any(Path(c).name != c for c in classes): raise ValueError('classes without names')
+        classes, precision, o = [str(c) for c in m['classes']], m['precision'], m['options']
+        recipe, bs, every = {k: o[k] for k in ('wd', 'label_smoothing', 'ema', 'seed')}, o['bs'], 10 if o['quick'] else 1
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
     weights = load_state(run/'model.pth')
@@ -61,52 +58,20 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
         raise InputError(f'{run/"model.pth"} does not hold the weights of {name}; load_run(…, model=…) takes another '
                          'network') from e
     if data is None: dls = get_empty_dls(classes)
-    else:
-        every = 10 if quick and (o.get('data') or 'taste' in o) else 1  # the sample is a tenth already
-        dls = get_dls(get_data(data), bs=bs, every=every)
-        if 'recipe' in m and fingerprint(dls, names=False) != images:  # earlier versions had another digest
-            raise InputError(f'{data} holds other images than {run} was trained on')
+    else: dls = get_dls(get_data(data), bs=bs, every=every if o['data'] else 1, resize=True)
+    if list(dls.vocab) != classes: raise InputError(f'{data} has other classes than {run}: {", ".join(dls.vocab)}')
     exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
-    return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run)
-
-
-class NoImagesDL(BatchDL):
-    """The loader of a run without its images: refuses what needs them, by `InputError`; `summary` gets a blank one.
-
-    It is an ordinary loader once it has images, as the one that `test_dl` makes of it.
-    """
-
-    def __len__(self): return super().__len__() or 1  # fastai divides by it
-
-    def __iter__(self):
-        self.refuse_without_images()
-        return super().__iter__()
-
-    def one_batch(self):
-        if self.n: return super().one_batch()
-        blank = TensorImage(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)), TensorCategory(torch.zeros(1).long())
-        return self.after_batch(to_device(blank, self.device))
-
-    def show_batch(self, *args, **kwargs):
-        self.refuse_without_images()
-        return super().show_batch(*args, **kwargs)
-
-    def show_results(self, *args, **kwargs):
-        self.refuse_without_images()
-        return super().show_results(*args, **kwargs)
-
-    def refuse_without_images(self):
-        if not self.n: raise InputError('this learner has no images; load_run(run, data=FOLDER) reads them')
+    return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run/'learner', **recipe)
 
 
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
     """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
     blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
-    def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)  # `test_dl` reads the annotation
+    def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_items=lambda _: [blank, blank],
-                      get_y=label, splitter=IndexSplitter([1]), item_tfms=FitSize(),
-                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=NoImagesDL)
-    return DataLoaders(*(dl.new(bs=512) for dl in block.dataloaders('.', bs=1, num_workers=0).new_empty().loaders))
+                      get_y=label, splitter=IndexSplitter([1]), item_tfms=CenterResize(),
+                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=BatchDL)
+    return block.dataloaders('.', bs=1, num_workers=0).new_empty()
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
@@ -115,27 +80,18 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
     Raises `InputError`.
     """
     files = []
-    for path in paths:
-        if not os.path.exists(path): raise InputError(f'"{path}" does not exist')
-        path = Path(path)
-        if not path.is_dir():
-            files.append(path)
-            continue
-        for folder in (path, *(o for o in path.iterdir() if o.is_dir())): check_access(folder)
-        here, below = get_image_files(path, recurse=False).sorted(), get_image_files(path).sorted()
-        if not below: raise InputError(f'{path} holds no images')
-        if len(here) == len(below):
-            files += here
-            continue
-        if len(paths) > 1: raise InputError(f'{path} has sub-folders: to evaluate it, give it alone')
-        check_names(below)
-        for file in below:
-            if file.parent.parent != path or file.parent.name not in vocab:
-                raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}')
-        return list(below), [vocab.index(f.parent.name) for f in below]
+    for path in map(Path, paths):
+        if not path.exists(): raise InputError(f'"{path}" does not exist')
+        found = list_images(path) if path.is_dir() else [path]
+        if not found: raise InputError(f'{path} holds no images')
+        files += found
     if not files: raise InputError('no image was given')
-    check_names(files)
-    return files, None
+    if not path.is_dir() or all(f.parent == path for f in files): return files, None
+    if len(paths) > 1: raise InputError(f'{path} has sub-folders: to evaluate it, give it alone')
+    for file in files:
+        if file.parent.parent != path or file.parent.name not in vocab:
+            raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}')
+    return files, [vocab.index(f.parent.name) for f in files]
 
 
 def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
@@ -151,25 +107,24 @@ def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> 
     return table
 
 
-def align(table: pd.DataFrame) -> str:
+def format_table(table: pd.DataFrame) -> str:
     """The rows of `table`, a line each, in aligned columns; shares as percentages."""
-    with pd.option_context('display.unicode.east_asian_width', True):  # some letters are two columns wide
-        return table.to_string(index=False, float_format=percent, na_rep='–')
+    return table.to_string(index=False, float_format=percent, na_rep='–')
 
 
-def evaluate(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
+def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
     """Accuracy of all, recall and precision of each class, and what is confused.
 
     `log_probs` and the mirror images' `flipped` (N, classes) float32, `targets` (N,) int64.
     """
     def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
-    confused = list_confusions(count_confusions(log_probs, targets), vocab)
-    mistakes = f'Most confused:\n{align(confused)}' if len(confused) else 'Every image is classified correctly.'
+    confused = list_confusions(confusion_matrix(targets, log_probs.argmax(1), labels=range_of(vocab)), vocab)
+    mistakes = f'Most confused:\n{format_table(confused)}' if len(confused) else 'Every image is classified correctly.'
     return f'''{len(targets):,} images of {len(targets.unique())} classes
 accuracy                     {accuracy(log_probs)}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2)}   (mean log-probability of image and mirror)
 
-{align(score_classes(log_probs, targets, vocab))}
+{format_table(per_class_scores(log_probs, targets, vocab))}
 
 {mistakes}'''
 
@@ -192,7 +147,7 @@ def export_network(learn: Learner, file: Path):
 
     ONNX and PyTorch's .pt2 hold a `WholeNetwork`, for any N, and the class names, a JSON list: as the metadata
     `classes`, or as `classes.json` in the archive. Safetensors hold the plain weights, with `classes`, `mean` and `std`
-    as metadata, JSON lists. Raises `InputError` and `WriteError`.
+    as metadata, JSON lists. Raises `InputError` and `RunError`.
     """
     if file.suffix not in EXPORTS: raise InputError(f'--export {file} does not end in {", ".join(EXPORTS)}')
     try: library = importlib.import_module(EXPORTS[file.suffix])
@@ -202,7 +157,7 @@ def export_network(learn: Learner, file: Path):
     model, classes = deepcopy(learn.model).cpu().eval(), json.dumps(list(learn.dls.vocab))
     if file.suffix == '.safetensors':
         metadata = dict(classes=classes, mean=json.dumps(cifar_stats[0]), std=json.dumps(cifar_stats[1]))
-        write_whole(file, library.save(model.state_dict(), metadata))
+        atomic_write(file, library.save(model.state_dict(), metadata))
         return
     images = torch.zeros(2, 3, SIZE, SIZE)  # with one image the exporter would fix N to 1
     program = torch.export.export(WholeNetwork(model), (images,), dynamic_shapes=({0: torch.export.Dim('N', min=1)},))
@@ -212,35 +167,43 @@ def export_network(learn: Learner, file: Path):
                                  output_names=['probabilities'], dynamic_shapes=({0: 'N'},), verbose=False)
         onnx.model.metadata_props['classes'] = classes
         content = io.BytesIO(onnx.model_proto.SerializeToString())  # one file, weights included
-    write_whole(file, content.getvalue())
+    atomic_write(file, content.getvalue())
 
 
-@one_line_errors('predict.py')
-def main(
-    run: str,  # folder of a finished run
-    *images: str,  # image files or folders; a folder with a sub-folder per class is evaluated
-    csv: bool = False,  # print comma-separated values, a row per image
-    export: str = None,  # write the network to this file, which ends in .onnx, .pt2 or .safetensors
-):
-    "Name what images show. They may have any size: the centre square is resized to 32×32."
+def main(args: list[str] | None = None):
+    """Predict, evaluate or export with the arguments of the command line, or of `args`."""
+    parser = argparse.ArgumentParser(description='Name what images show: always one of the classes that the run was '
+                                     'trained on. Images may have any size: the centre square is resized to 32×32.')
+    parser.add_argument('run', help='folder of a finished run')
+    parser.add_argument('images', nargs='*', help='images or folders; one with a sub-folder per class is evaluated')
+    parser.add_argument('--csv', action='store_true', help='print comma-separated values, a row per image')
+    parser.add_argument('--export', type=Path, help=f'write the network to this file: {", ".join(EXPORTS)}')
+    with one_line_errors('predict.py'):
+        predict(**vars(parser.parse_intermixed_args(args)))
+
+
+def predict(run: str, images: list[str], csv: bool = False, export: Path | None = None):
+    """Print what `images` show, or how accurately they are classified; write the network to the file `export`."""
     learn = load_run(run)
     vocab = list(learn.dls.vocab)
     if images or not export:
         files, targets = find_images(images, vocab)
-        pixels = torch.stack([image2tensor(FitSize()(RGBImage.create(f))) for f in files])
+        pixels = decode_images(files, resize=True)
     if export:
-        export_network(learn, Path(export))
+        export_network(learn, export)
         print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
         if not images: return
-    log_probs = get_log_probs(learn, pixels)
+    if not show_progress() or csv: learn.remove_cb(ProgressCallback)
+    with fast(learn):
+        log_probs = get_log_probs(learn, pixels)
+        flipped = get_log_probs(learn, pixels.flip(-1)) if targets and not csv else None
     table = list_predictions(files, log_probs, vocab)
     if csv:
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
-        table.to_csv(sys.stdout, index=False)
-    elif targets: print(evaluate(log_probs, get_log_probs(learn, pixels.flip(-1)), tensor(targets), vocab))
-    else: print(align(table))
+        table.to_csv(sys.stdout, index=False, lineterminator='\n')
+    elif targets: print(describe_accuracy(log_probs, flipped, tensor(targets), vocab))
+    else: print(f'{format_table(table)}\n\nThe network always names one of its {len(vocab)} classes; of anything else, '
+                'a high probability says nothing.')
 
 
-if __name__ == '__main__':  # argparse by itself wants all options before, or behind, everything else
-    parser = argparse.ArgumentParser
-    with replaced(parser, 'parse_args', parser.parse_intermixed_args): call_parse(main)
+if __name__ == '__main__': main()

@@ -1,8 +1,6 @@
 """A network's predictions and how accurate they are: log-probabilities, confusion matrix, scores, errors."""
 from fastai.vision.all import *
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-from lab.speed import autocast_for, in_fast_layout
+from sklearn.metrics import precision_recall_fscore_support
 
 PREDICT_BS = 512
 
@@ -10,29 +8,18 @@ PREDICT_BS = 512
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     """The network's predictions for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
 
-    It calls the network directly, so several threads may use it at once. Networks that end in logits or in
-    log-probabilities give the same: log-softmax leaves the latter as they are.
+    Networks that end in logits or in log-probabilities give the same: log-softmax leaves the latter as they are.
     """
-    device, answers = next(learn.model.parameters()).device, []
-    learn.model.eval()
-    with torch.no_grad(), autocast_for(getattr(learn, 'mixed_precision', None), device):
-        for batch in images.split(PREDICT_BS):
-            x, = learn.dls.valid.after_batch((TensorImage(batch.to(device).contiguous()),))
-            x = in_fast_layout(learn, x.as_subclass(Tensor))
-            answers.append(F.log_softmax(learn.model(x), 1, dtype=torch.float32).cpu())
-    return torch.cat(answers)
+    device, after_batch = next(learn.model.parameters()).device, learn.dls.valid.after_batch
+    batches = L(images.split(PREDICT_BS)).map(lambda x: after_batch((TensorImage(x.to(device).contiguous()),)))
+    return learn.get_preds(dl=batches, act=partial(F.log_softmax, dim=1, dtype=torch.float32))[0].as_subclass(Tensor)
 
 
-def count_confusions(log_probs: Tensor, targets: Tensor) -> ndarray:
-    """Counts of images, (classes, classes) int64: rows are actual classes, columns predictions.
+def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd.DataFrame:
+    """The columns `class, images, recall, precision`; a share of nothing is NaN.
 
     `log_probs` (N, classes) float, `targets` (N,) int64.
     """
-    return confusion_matrix(targets, log_probs.argmax(1), labels=range(log_probs.shape[1]))
-
-
-def score_classes(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """The columns `class, images, recall, precision`; a share of nothing is NaN. Arguments as `count_confusions`."""
     precision, recall, _, images = precision_recall_fscore_support(
         targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
     return pd.DataFrame({'class': list(vocab), 'images': images, 'recall': recall, 'precision': precision})

@@ -1,9 +1,7 @@
-"""From files to pixels to whole batches: a data folder's images, one reader for all of them, and a fast loader."""
-import contextlib
+"""From files to pixels to whole batches: a data folder's images, their one reader, and a fast loader."""
 import hashlib
 import io
 import sys
-import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 from fastai.vision.all import *
@@ -13,21 +11,25 @@ from lab.errors import InputError, one_line
 
 SIZE = 32  # pixels, the side of an image
 CHUNK = 250  # images that a thread decodes in one go
-MAX_THREADS = 4  # to decode; more queue for Python's lock: 16 on two cores took 2.5 times as long as 2
 TEST_FOLDERS = 'test', 'valid', 'val'  # the first that exists holds the test images
-SHOW_PROGRESS = sys.stdout.isatty() or IN_NOTEBOOK  # a bar in a log file is noise
+# Not what the machine's mimetypes hold for an image: .webp and .jfif differ from machine to machine.
+EXTENSIONS = {'.avif', '.bmp', '.gif', '.jfif', '.jpe', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tga', '.tif',
+              '.tiff', '.webp'}
 
 
-def check_access(folder: Path):
-    """Raises `InputError` if `folder` cannot be listed and entered."""
-    try: os.scandir(os.path.join(folder, '.')).close()  # '.' is found only by those who may enter
-    except OSError as e: raise InputError(f'{folder} cannot be read ({e.strerror})') from e
+def show_progress() -> bool:
+    """Whether somebody watches: a bar in a log file is noise."""
+    return IN_NOTEBOOK or bool(sys.stdout and sys.stdout.isatty())
 
 
-def check_names(files: Sequence[Path]):
-    """Raises `InputError` for the first file whose name tables and messages could not show."""
-    for f in files:
-        if not str(f).isprintable(): raise InputError(f'{os.fsencode(f)!r} cannot be printed; rename the file')
+def list_images(path: Path, folders: Sequence[str] = (), recurse: bool = True) -> L:
+    """All images in `path`, or in these `folders` of it, sorted; one line on stderr counts the files left out."""
+    files = get_files(path, folders=folders, recurse=recurse).sorted()  # a directory's order differs between machines
+    images = files.filter(lambda f: f.suffix.lower() in EXTENSIONS)
+    if others := files.filter(lambda f: f.suffix.lower() not in EXTENSIONS):
+        print(f'{path}: {len(others)} of {len(files):,} files have no extension of an image and are left out, as '
+              f'{others[0].relative_to(path)}', file=sys.stderr)
+    return images
 
 
 def image_files(path: str | Path, every: int = 1) -> L:
@@ -38,86 +40,68 @@ def image_files(path: str | Path, every: int = 1) -> L:
     path = Path(path)
     if not os.path.exists(path): raise InputError(f'data folder {path} does not exist')
     if not path.is_dir(): raise InputError(f'{path} is a file, not a data folder')
-    check_access(path)
-    test = first(name for name in TEST_FOLDERS if (path/name).is_dir()) or 'test'
-    classes = {}
-    for split in ('train', test):
-        if not (path/split).is_dir(): raise InputError(f'data folder {path} has no folder "{split}"'
-                                                        f'{" (nor valid, val)" if split == "test" else ""}')
-        check_access(path/split)
-        classes[split] = {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
-    if odd := sorted(classes['train'] ^ classes[test]):
-        has, lacks = ('train', test) if odd[0] in classes['train'] else (test, 'train')
-        def letters(name): return unicodedata.normalize('NFC', name)
-        twin = any(letters(c) == letters(odd[0]) for c in classes[lacks])
-        raise InputError(f'class "{odd[0]}" is in {path/has} but not in {path/lacks}' + (
-            ', which has one of the same letters, composed differently (in Unicode); rename one of the two folders'
-            if twin else ''))
-    files = get_image_files(path, folders=['train', test]).sorted()  # a directory's order differs between machines
-    by_folder = groupby(files, lambda f: f.parent)
-    if not files: raise InputError(f'data folder {path} holds no images; expected {path/"train"/"<class>"/"*.png"}')
-    if len(classes['train']) < 2: raise InputError(f'{path/"train"} has fewer than two class folders')
+    test = first(name for name in TEST_FOLDERS if (path/name).is_dir())
+    if not test or not (path/'train').is_dir():
+        raise InputError(f'data folder {path} has no folder "{"train" if test else "test"}"; images belong in '
+                         'train/<class>/ and test/<class>/ (or valid/, val/)')
+    files = list_images(path, ['train', test])
     if stray := first(f for f in files if f.parent.parent.parent != path):
-        raise InputError(f'{stray} is not where an image belongs: {stray.parents[1]/"<class>"/"<image>"}' if
-                         stray.parent.parent == path else f'{stray} is nested too deeply: images go in <split>/<class>')
-    for folder in (path/split/c for split in ('train', test) for c in sorted(classes[split])):
-        check_access(folder)
-        if folder not in by_folder: raise InputError(f'class folder {folder} holds no images')
-    check_names(files)
+        raise InputError(f'{stray} is not where an image belongs: <split>/<class>/<image>')
+    by_folder = groupby(files, lambda f: f.parent)
+    classes = {split: {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
+               for split in ('train', test)}
+    for split, other in (('train', test), (test, 'train')):
+        for name in sorted(classes[split]):
+            if name not in classes[other]:
+                raise InputError(f'class "{name}" is in {path/split} but not in {path/other}')
+            if path/split/name not in by_folder:
+                raise InputError(f'class folder {path/split/name} holds no images that can be read')
+    if len(classes['train']) < 2: raise InputError(f'{path/"train"} has fewer than two class folders with images')
     if test != 'test': print(f'The test images are those in {path/test}.', flush=True)
     return L(o[::every] for o in by_folder.values()).concat()
 
 
-def read_image(source: Path | str | bytes | io.IOBase | Image.Image) -> Tensor:
-    """The image in a file, in bytes or in a PIL image, of any kind and size, as RGB: (3, H, W) uint8.
+def open_image(source: Path | str | bytes | io.IOBase | Image.Image) -> Image.Image:
+    """The image in a file, in bytes or in a PIL image, of any kind and size, as RGB.
 
     The one reader of images in this project. The result is upright, as its camera noted, and what is transparent is
     white. Of a photograph with a second picture inside (MPO) it is the first. Raises `InputError`.
     """
     try:
-        if isinstance(source, Image.Image): return convert_to_rgb(source)
-        if isinstance(source, str | Path):
-            with open(source, 'rb') as f: content = f.read()  # Path.read_bytes takes twice as long
-        else: content = source if isinstance(source, bytes) else source.read()
-        plain = content[24:26] == b'\x08\x02' and content.startswith(b'\x89PNG')  # 8 bits, RGB
-        if plain and b'tRNS' not in content and b'eXIf' not in content:
-            # torchvision.io.decode_png would take longer to warn that it will be removed than to decode. Pillow is
-            # slower, but explains what is wrong, and takes over where torchvision has no decoder.
-            with contextlib.suppress(RuntimeError, AttributeError):
-                return torch.ops.image.decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8), 3, False)
-        with Image.open(io.BytesIO(content)) as image: return convert_to_rgb(image)
+        image = source if isinstance(source, Image.Image) else Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source)
+        if getattr(image, 'n_frames', 1) > 1 and image.format != 'MPO': raise ValueError('it is a sequence of images')
+        if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
+        if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+        return image.convert('RGB')
     except Exception as e:  # Pillow's many kinds
         name = source if isinstance(source, str | Path) else 'the image'
         why = '' if isinstance(e, UnidentifiedImageError) else f' ({getattr(e, "strerror", None) or one_line(e)})'
         raise InputError(f'{name} cannot be read as an image{why}') from e
 
 
-def convert_to_rgb(image: Image.Image) -> Tensor:
-    """A PIL image as `read_image` returns it. Raises `ValueError` for animations and for pixels of 32 bits."""
-    if getattr(image, 'n_frames', 1) > 1 and image.format != 'MPO': raise ValueError('it is a sequence of images')
-    if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
-    if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-    return image2tensor(image.convert('RGB'))
+def fit_size(image: Image.Image) -> Image.Image:
+    """The centre square of `image`, resized to SIZE × SIZE."""
+    return image if image.size == (SIZE, SIZE) else ImageOps.fit(image, (SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
 class RGBImage(PILImage):
-    """A `PILImage` that `read_image` has read, unless it comes from an array or tensor."""
+    """A `PILImage` that `open_image` has read, unless it comes from an array or tensor."""
 
     @classmethod
-    def create(cls, fn: Path | str | Tensor | ndarray | bytes | io.IOBase | Image.Image, **kwargs):  # fastai reads them
-        if not isinstance(fn, cls | Tensor | ndarray): fn = read_image(fn).permute(1, 2, 0).numpy()
-        return super().create(fn, **kwargs)
+    def create(cls, fn: Path | str | Tensor | ndarray | bytes | io.IOBase | Image.Image, **kwargs):
+        if isinstance(fn, cls | Tensor | ndarray): return super().create(fn, **kwargs)
+        return cls(open_image(fn))
 
 
-class FitSize(DisplayedTransform):
-    """Brings a `PILImage` of another size to SIZE × SIZE: its centre square, resized."""
-    order = 1
+class CenterResize(DisplayedTransform):
+    """Brings a `PILImage` that no other transform has resized to SIZE × SIZE: its centre square, resized."""
+    order = 4.5  # after the transforms of PIL images, before ToTensor (5)
 
-    def encodes(self, x: PILImage) -> PILImage:
-        return x if x.size == (SIZE, SIZE) else PILImage(ImageOps.fit(x, (SIZE, SIZE), Image.Resampling.BILINEAR))
+    def encodes(self, x: PILImage) -> PILImage: return type(x)(fit_size(x))
 
 
 class Augmentation(DisplayedTransform):
@@ -136,95 +120,92 @@ class Augmentation(DisplayedTransform):
         """An integer in [0, high) for each image of the batch `x`, (N,) int64 on its device."""
         return torch.randint(high, (len(x),)).to(x.device, non_blocking=x.is_cuda)
 
+    @staticmethod
+    def sliding_windows(x: Tensor, h: int, w: int) -> Tensor:
+        """A view of every h × w window of the images (N, C, H, W): (N, H-h+1, W-w+1, C, h, w)."""
+        return x.permute(0, 2, 3, 1).unfold(1, h, 1).unfold(2, w, 1)
 
-def windows(x: Tensor, h: int, w: int) -> Tensor:
-    """A view of every h × w window of the images (N, C, H, W): (N, H-h+1, W-w+1, C, h, w)."""
-    return x.permute(0, 2, 3, 1).unfold(1, h, 1).unfold(2, w, 1)
+
+def source_of(dataset) -> list:
+    """What decides about the images of a data set of fastai: its items and the transforms that open them."""
+    return [list(dataset.items), *(list(tl.tfms.fs) for tl in dataset.tls)]
 
 
 class BatchDL(TfmdDL):
-    """A `TfmdDL` that makes whole batches from `dataset.images`; a data set without them is read item by item.
+    """A `TfmdDL` that makes whole batches of the decoded images in `dataset.images`.
 
-    The images belong on the data set: `new()`, and with it every `test_dl`, `predict` and export, drops a loader's own
-    attributes. The item transforms are the same `after_item` pipeline, called once per batch; all have to be an
-    `Augmentation`.
+    It does so if every item transform is an `Augmentation`, which it calls once for a batch; with any other, and for
+    images that were not decoded, it reads item by item, as `TfmdDL`. The images belong on the data set: `new()`, and
+    with it every `test_dl`, `predict` and export, drops a loader's own attributes.
     """
-    share = slice(None)  # the part of every batch that this process trains on
+
+    @property
+    def makes_whole_batches(self) -> bool:
+        """Asked at every pass, since transforms and items may change at any time."""
+        own = {'create_item', 'create_batch', 'do_item', 'do_batch', 'retain'} & vars(self).keys()
+        return ('images' in vars(self.dataset) and not own and not self.before_batch.fs and not self.fake_l.num_workers
+                and all(isinstance(tfm, Augmentation | ToTensor | CenterResize) for tfm in self.after_item.fs)
+                and source_of(self.dataset) == self.dataset.source)
 
     def create_batches(self, samps):
-        images, labels = getattr(self.dataset, 'images', None), getattr(self.dataset, 'labels', None)
-        if images is None:
+        if not self.makes_whole_batches:
             yield from super().create_batches(samps)
             return
+        images, labels = self.dataset.images, self.dataset.labels
         for idxs in self.chunkify(samps):
-            idxs = torch.tensor(idxs[self.share]).to(images.device, non_blocking=images.is_cuda)  # no step waits
+            idxs = torch.tensor(idxs).to(images.device, non_blocking=images.is_cuda)  # no step waits
             x, y = self.after_item((TensorImage(images[idxs]), TensorCategory(labels[idxs])))
             yield x.contiguous(), y
 
 
-def decode_images(files: Sequence[Path]) -> Tensor:
-    """The `files` decoded, in threads: (N, 3, 32, 32) uint8 in channels-last memory. Raises `InputError`."""
-    images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
+    """The `files` decoded, in threads: (N, 3, 32, 32) uint8 in channels-last memory.
+
+    With `resize`, images of another size become 32×32 by their centre square. Raises `InputError`.
+    """
+    images = torch.empty(len(files), SIZE, SIZE, 3, dtype=torch.uint8)
 
     def decode(start: int):
-        decoded = []
-        for file in files[start:start + CHUNK]:
-            decoded.append(image := read_image(file))
-            if image.shape[1:] != (SIZE, SIZE):
-                raise InputError(f'{file} is {image.shape[2]}×{image.shape[1]} pixels, not {SIZE}×{SIZE}; '
-                                 'resize or remove it')
-        images[start:start + CHUNK] = torch.stack(decoded)
+        for i, file in enumerate(files[start:start + CHUNK], start):
+            image = fit_size(open_image(file)) if resize else open_image(file)
+            if image.size != (SIZE, SIZE):
+                raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes '
+                                 'the centre square of every image')
+            images[i] = torch.from_numpy(np.array(image))
 
-    # Threads, since the decoder lets others run, and worker processes need shared memory and a guarded script.
-    with ThreadPoolExecutor(min(MAX_THREADS, defaults.cpus)) as pool:
+    # Threads, since Pillow lets others run, and worker processes need shared memory and a guarded script.
+    with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:
         try:
             starts = range(0, len(files), CHUNK)
-            done, bar = pool.map(decode, starts), SHOW_PROGRESS and len(starts) > 4  # else it is over in no time
+            done, bar = pool.map(decode, starts), show_progress() and len(starts) > 4  # else it is over in no time
             for _ in progress_bar(done, total=len(starts), leave=False) if bar else done: pass
         finally: pool.shutdown(cancel_futures=True)
-    return images
+    return images.permute(0, 3, 1, 2)
 
 
-def read_images(path: str | Path, every: int = 1) -> tuple[L, Tensor]:
-    """The files of the data folder `path`, as `image_files` lists them, and their images, as `decode_images` does."""
-    files = image_files(path, every)
-    return files, decode_images(files)
-
-
-def keep_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> DataLoaders:
+def cache_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> DataLoaders:
     """Put the decoded `images` of `files`, and their labels, on the data sets of `dls`, in a CUDA GPU's memory or the
     CPU's, so that on any other device batches arrive as with fastai."""
-    place, device = {file: i for i, file in enumerate(files)}, dls.device if dls.device.type == 'cuda' else 'cpu'
+    place, device = {file: i for i, file in enumerate(files)}, torch.device(dls.device)
+    if device.type != 'cuda': device = 'cpu'
     for ds in (dls.train_ds, dls.valid_ds):
         ds.images = images[[place[f] for f in ds.items]].to(device)
         ds.labels = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items]).to(device)
+        ds.source = source_of(ds)
     return dls
 
 
-def list_augmentations(dls: DataLoaders) -> list[str]:
-    """The transforms of training images in words, as `Cutout(size=8)`."""
-    def describe(tfm: Transform) -> str:
-        names = inspect.signature(type(tfm).__init__).parameters.keys() - inspect.signature(Transform).parameters.keys()
-        return f'{type(tfm).__name__}({", ".join(f"{k}={v}" for k, v in vars(tfm).items() if k in names and v)})'
-    return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs) if tfm.split_idx == 0]
+def get_images(dataset, places: Sequence[int]) -> Tensor:
+    """The images of a data set at `places`, (n, 3, 32, 32) uint8 on the CPU, decoded before or now."""
+    if 'images' in vars(dataset) and source_of(dataset) == dataset.source: return dataset.images[list(places)].cpu()
+    return decode_images([dataset.items[i] for i in places], resize=True)
 
 
-def digest_images(files: Sequence[Path], images: Tensor, path: Path | None = None) -> str:
-    """A digest of the labels and pixels of a data set, the same for all its copies, whatever their files are called.
-
-    `images` (N, 3, H, W) uint8 are those in the `files`. With their folder `path`, the digest is also of the names and
-    the order of the files, from which the order of training follows.
-    """
-    def digest(file: Path, pixels: ndarray) -> bytes:
-        split = 'train' if file.parent.parent.name == 'train' else 'test'
-        name = file.relative_to(path).as_posix() if path else f'{split}/{file.parent.name}'
-        return hashlib.sha256(name.encode() + b'\0' + pixels.tobytes()).digest()
-    digests = map(digest, files, images.cpu().permute(0, 2, 3, 1).numpy())
-    return hashlib.sha256(b''.join(digests if path else sorted(digests))).hexdigest()
-
-
-def fingerprint(dls: DataLoaders, names: bool = True) -> str:
-    """The digest of both sets, which identifies the images; with `names`, the names and the order of files count."""
-    sets = dls.train_ds, dls.valid_ds
-    return digest_images([f for ds in sets for f in ds.items], torch.cat([ds.images for ds in sets]),
-                         dls.path if names else None)
+def fingerprint(dls: DataLoaders) -> str:
+    """A digest of the names, in their order, and of the pixels of both sets, which identifies a run's images."""
+    digest = hashlib.sha256()
+    for ds in (dls.train_ds, dls.valid_ds):
+        digest.update('\n'.join(f.relative_to(dls.path).as_posix() for f in ds.items).encode(errors='replace'))
+        digest.update(get_images(ds, range_of(ds.items)).contiguous(memory_format=torch.channels_last)
+                      .permute(0, 2, 3, 1).numpy())
+    return digest.hexdigest()

@@ -3,96 +3,153 @@ import contextlib
 import io
 import json
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 
 from fastai.vision.all import *
+from sklearn.metrics import confusion_matrix
 
 from lab import figures
-from lab.evaluate import count_confusions, get_log_probs, list_confusions, score_classes
-from lab.loader import fingerprint, list_augmentations
+from lab.evaluate import get_log_probs, list_confusions, list_misclassified, per_class_scores
+from lab.loader import SIZE, get_images, show_progress
 from lab.page import write_page
-from lab.processes import RANK
 from lab.report import percent, write_report
-from lab.runs import Run, carry_on, save_csv, save_state, write_whole
-from lab.speed import device_name
+from lab.runs import Run, atomic_write, nonfatal, save_csv, save_state
+from lab.speed import device_name, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
 
 
-def describe(run: Run, learn: Learner):
-    """Print what is about to be trained, and draw a training batch as the network sees it."""
-    dls = learn.dls
-    print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
-          f'{total_params(learn.model)[0]:,} parameters, {run.precision} on {device_name(learn.device)}', flush=True)
-    run.save_figure('augmented.png', figures.draw_augmented, dls)
+def save_figure(run: Run, name: str, draw: Callable, *args):
+    """Write the figure that `draw(*args)` makes to the run's folder; if that fails, one line on stderr says so."""
+    if rank_distrib(): return
+    with nonfatal(run.folder/name):
+        fig = draw(*args)
+        if run.options.quick: fig.text(0.995, 0.005, 'a quick look', ha='right', color='gray')
+        fig.savefig(content := io.BytesIO(), dpi=120, bbox_inches='tight')
+        atomic_write(run.folder/name, content.getvalue())
+    plt.close('all')
 
 
-def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float):
-    """Write the last finder's curve, as a table and as a figure that marks the two rates used."""
-    if RANK: return
-    curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
-    save_csv(run.folder/'lr_find.csv', curve)
-    run.save_figure('lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
+def list_augmentations(dls: DataLoaders) -> list[str]:
+    """The transforms of training images in words, as `Cutout(size=8)`."""
+    def describe(tfm: Transform) -> str:
+        names = inspect.signature(type(tfm).__init__).parameters.keys() - inspect.signature(Transform).parameters.keys()
+        return f'{type(tfm).__name__}({", ".join(f"{k}={v}" for k, v in vars(tfm).items() if k in names and v)})'
+    return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs) if tfm.split_idx == 0]
 
 
-def draw_training(run: Run, learn: Learner):
-    """Draw the schedule and the history so far. After an error nothing but the error is reported."""
-    h, silent = learn.history, io.StringIO() if sys.exc_info()[0] else sys.stderr
-    with contextlib.redirect_stderr(silent):
-        if h.schedule: run.save_figure('schedule.png', figures.draw_schedule, h.schedule, len(learn.dls.train))
-        smoothing = getattr(learn.loss_func, 'label_smoothing', 0.)
-        if h.rows: run.save_figure('history.png', figures.draw_history, h.rows, smoothing, TARGET)
+def describe_layers(model: nn.Module) -> list[tuple]:
+    """The name, kind, output shape of one image, and number of parameters of every layer of `model`."""
+    layers = {name: m for name, m in model.named_modules() if not [*m.children()]}
+    blank = torch.zeros(1, 3, SIZE, SIZE, device=next(model.parameters()).device)
+    with torch.no_grad(), hook_outputs(layers.values(), cpu=True) as hooks: model.eval()(blank)
+    return [(f'{name}: {type(m).__name__}', ' × '.join(map(str, hook.stored.shape[1:])), total_params(m)[0])
+            for (name, m), hook in zip(layers.items(), hooks, strict=True) if hook.stored is not None]
 
 
 def describe_recipe(learn: Learner) -> dict:
     """What the report says of the recipe, read from what `learn` really has."""
     opt = learn.opt_func.func if isinstance(learn.opt_func, partial) else learn.opt_func
     if isinstance(learn.opt, OptimWrapper): opt = type(learn.opt.opt)
-    model = get_model(learn.model)
+    model = unwrap(learn.model)
     return dict(network=type(model).__name__, last_stage=type(last(model.modules())).__name__,
                 loss=getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__),
                 label_smoothing=getattr(learn.loss_func, 'label_smoothing', 0.),
                 optimizer=getattr(opt, '__name__', type(opt).__name__), wd=learn.wd,
                 ema=learn.weight_average.decay if hasattr(learn, 'weight_average') else 0.,
-                augmentation=list_augmentations(learn.dls))
+                augmentation=list_augmentations(learn.dls), layers=describe_layers(model))
+
+
+def find_commit() -> str | None:
+    """The commit of the program, with a + if files of it were changed, or None where that is not known."""
+    def git(*args): return subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True,
+                                          check=True).stdout.strip()
+    try: return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+    except (OSError, subprocess.CalledProcessError): return None
+
+
+def log_plainly(learn: Learner):
+    """Where nobody watches, as in a log file, a line per epoch takes the place of bars."""
+    def log(values): print('  '.join(f'{name} {o:.4f}' if isinstance(o, float) else f'{name} {o}' for name, o in
+                                     zip(learn.recorder.metric_names, values, strict=False)), flush=True)
+    if not show_progress(): learn.remove_cb(ProgressCallback).logger = log
+
+
+def describe(run: Run, learn: Learner):
+    """Print what is about to be trained, and draw a training batch as the network sees it."""
+    dls = learn.dls
+    print(f'{len(dls.train_ds):,} training and {len(dls.valid_ds):,} test images of {len(dls.vocab)} classes\n'
+          f'{total_params(learn.model)[0]:,} parameters, {run.precision} on '
+          f'{device_name(next(learn.model.parameters()).device)}', flush=True)
+    save_figure(run, 'augmented.png', figures.draw_augmented, dls, list_augmentations(dls))
+    log_plainly(learn)
+
+
+def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float):
+    """Write the finder's curve, as a table and as a figure that marks the two rates used."""
+    if rank_distrib(): return
+    curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
+    save_csv(run.folder/'lr_find.csv', curve)
+    save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
+
+
+def draw_training(run: Run, learn: Learner):
+    """Draw the schedule and the history so far. After an error nothing but the error is reported."""
+    h = learn.history
+    with contextlib.redirect_stderr(io.StringIO() if sys.exc_info()[0] else sys.stderr):
+        if not h.rows: return
+        save_figure(run, 'schedule.png', figures.draw_schedule, h.schedule, len(h.schedule) / len(h.rows))
+        smoothing = getattr(learn.loss_func, 'label_smoothing', 0.)
+        save_figure(run, 'history.png', figures.draw_history, h.rows, smoothing, TARGET)
 
 
 def save_results(run: Run, learn: Learner):
-    """Write numbers, report and figures, then the weights, and print the outcome."""
-    dls, h, o, out = learn.dls, learn.history, run.options, run.folder
-    answers = learn.misclassified
-    if answers.log_probs is None:  # the checkpoint that the run was resumed from has none
-        answers.log_probs, answers.targets = get_log_probs(learn, dls.valid_ds.images), dls.valid_ds.labels.cpu()
-    log_probs, targets, wrong = answers.log_probs, answers.targets, answers.table()
-    counts, classes = count_confusions(log_probs, targets), score_classes(log_probs, targets, dls.vocab)
+    """Write numbers, report and figures, then the weights, and print the outcome.
+
+    All results are of the weights that are written: those of the last test of the fit, or, if a callback has changed
+    them since, as `SaveModelCallback` does, tested here.
+    """
+    dls, h, o, out, answers = learn.dls, learn.history, run.options, run.folder, learn.misclassified
+    if rank_distrib(): return
+    epoch = answers.find_epoch(learn.model)
+    log_probs, targets = answers.log_probs, answers.targets
+    if epoch != len(h.rows) or log_probs is None:
+        ds = dls.valid_ds
+        log_probs = get_log_probs(learn, get_images(ds, range_of(ds.items)))
+        targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
+    predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
+    wrong = list_misclassified(log_probs, targets, dls.valid_ds.items, dls.vocab, dls.path)
+    counts, classes = confusion_matrix(targets, predicted, labels=range_of(dls.vocab)), per_class_scores(
+        log_probs, targets, dls.vocab)
+    images = get_images(dls.valid_ds, wrong.index)
     lr_min, lr_max = run.lrs
     metrics = dict(
-        quick_look=o.quick, parameters=total_params(learn.model)[0], lr_min=lr_min, lr_max=lr_max,
-        precision=run.precision, epochs=o.epochs, batch_size=o.bs, seed=o.seed, device=device_name(learn.device),
-        **{k: h.rows[-1][k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')},
+        parameters=total_params(learn.model)[0], lr_min=lr_min, lr_max=lr_max, precision=run.precision,
+        epochs=len(h.rows), batch_size=o.bs, seed=o.seed, device=device_name(next(learn.model.parameters()).device),
+        train_accuracy=h.rows[-1]['train_accuracy'], test_accuracy=(predicted == targets).float().mean().item(),
+        test_loss=losses.mean().item(), weights_of_epoch=epoch,
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
         seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
-        test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=fingerprint(dls, names=False),
+        test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         recipe=describe_recipe(learn), options=vars(o))
     save_csv(out/'misclassified.csv', wrong)
     save_csv(out/'classes.csv', classes)
-    write_whole(out/'metrics.json', json.dumps(metrics, indent=2).encode() + b'\n')
+    atomic_write(out/'metrics.json', json.dumps(metrics, indent=2, allow_nan=False).encode() + b'\n')
     report = write_report(metrics, run.command, h.rows, h.schedule, len(wrong), classes,
                           list_confusions(counts, dls.vocab, 3))
-    write_whole(out/'report.md', report.encode())
-    run.save_figure('misclassified.png', figures.draw_misclassified, dls.valid_ds.images[wrong.index[:10]], wrong)
+    atomic_write(out/'report.md', report.encode(errors='backslashreplace'))
+    save_figure(run, 'misclassified.png', figures.draw_misclassified, images[:10], wrong)
+    save_figure(run, 'confusion_matrix.png', figures.draw_confusions, targets, predicted, dls.vocab)
+    save_figure(run, 'top_losses.png', figures.draw_top_losses, learn, losses)
     charts = {'Learning-rate finder': 'lr_find.png', 'Loss and accuracy': 'history.png', 'Schedule': 'schedule.png'}
-    with carry_on(out/'errors.html'):
-        page = write_page(metrics, wrong, classes, dls.valid_ds.images[wrong.index], {
+    with nonfatal(out/'errors.html'):
+        page = write_page(metrics, wrong, classes, images, {
             title: (out/file).read_bytes() for title, file in charts.items() if (out/file).exists()})
-        write_whole(out/'errors.html', page.encode())
-    run.save_figure('confusion_matrix.png', figures.draw_confusions, counts, dls.vocab)
-    losses = F.nll_loss(log_probs, targets, reduction='none')
-    run.save_figure('top_losses.png', figures.draw_top_losses, learn, losses)
-    save_state(out/'model.pth', learn.model.state_dict())  # last: a folder that has it is a finished run
-    print(f'{"quick look" if o.quick else "run"} finished: training accuracy {percent(metrics["train_accuracy"], 2)}, '
-          f'test accuracy {percent(metrics["test_accuracy"], 2)}, '
-          f'first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\n'
-          f'Everything {"of this quick look " if o.quick else ""}is in {out}')
+        atomic_write(out/'errors.html', page.encode(errors='backslashreplace'))
+    save_state(out/'model.pth', unwrap(learn.model).state_dict())  # last: a folder that has it is a finished run
+    print(f'Training accuracy {percent(metrics["train_accuracy"], 2)}, test accuracy '
+          f'{percent(metrics["test_accuracy"], 2)}, first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\n'
+          f'Results: {out}')

@@ -1,6 +1,6 @@
-"""What makes training fast: precision, recorded GPU steps, memory layout, side-by-side convolutions, memory kept.
+"""What makes training fast: `fast(learn)`, and the precision of a learner.
 
-Everything here is in place only during a fit. What a user holds, the model, its weights, a file, stays plain.
+Everything that `fast` does is undone at its end: a model, its weights and a file are plain outside of it.
 """
 import contextlib
 import ctypes
@@ -9,60 +9,53 @@ import sys
 import warnings
 
 from fastai.vision.all import *
+from torch.nn.parallel import DistributedDataParallel
 
 from lab.errors import InputError
-from lab.processes import RANKS, ignore_other_launch
+from lab.optim import match_layout
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
 SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (docs/speed.md)
 
 
-class Precision(MixedPrecision):
-    """fastai's mixed precision, with 'bf16' on a CPU, too, where fastai's own would train in float32.
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, DataParallel and DistributedDataParallel."""
+    while hasattr(model, '_orig_mod') or isinstance(model, nn.DataParallel | DistributedDataParallel):
+        model = getattr(model, '_orig_mod', None) or model.module
+    return model
 
-    `after_loss` is skipped by an error in a forward pass, so the autocast is also left with the learner's
-    `during_batch`: if it stayed entered, its cache of cast weights would be what later learners train on.
-    """
+
+class Precision(MixedPrecision):
+    """fastai's mixed precision, with 'bf16' on a CPU, too, where fastai's own would train in float32."""
     name = 'mixed_precision'  # where fastai looks for it
 
     def before_fit(self):
-        device = next(self.model.parameters()).device
-        if device.type != 'cpu' or self.amp_mode != AMPMode.BF16:
+        if self.amp_mode != AMPMode.BF16 or next(self.model.parameters()).device.type != 'cpu':
             super().before_fit()
             return
-        self.autocast, self.scales = autocast_for(self, device), L()
+        self.autocast, self.scales = torch.autocast('cpu', torch.bfloat16), L()
         self.learn.scaler = torch.amp.GradScaler('cpu', enabled=False)
-
-    def before_batch(self): self.during_batch.enter_context(self.autocast)
-
-    def after_loss(self): self.during_batch.close()
 
     def state_dict(self) -> dict: return self.learn.scaler.state_dict()
 
     def load_state_dict(self, state: dict): self.learn.scaler.load_state_dict(state)
 
 
-def autocast_for(precision: MixedPrecision | None, device: torch.device) -> torch.autocast:
-    """What `precision` means on `device`: float16 on CUDA, bfloat16 there and on a CPU, and nothing elsewhere."""
-    half = precision is not None and precision.amp_mode == AMPMode.FP16
-    return torch.autocast(device.type, torch.float16 if half else torch.bfloat16,
-                          enabled=precision is not None and device.type in ('cuda', *([] if half else ['cpu'])))
-
-
 class CUDAGraph(Callback):
-    """Records the forward and backward pass of a `fast_model` on a GPU once and replays them in every step.
+    """Records the forward and backward pass on a GPU once and replays them in every step of a fit.
 
     The kernels and their results are the same; launching them one by one takes a fast GPU longer than computing them.
     All training batches must have one shape, so the loader has to drop the last partial one.
     """
-    order = Precision.order + 1  # within its autocast
+    order, recorded = MixedPrecision.order + 1, None  # within its autocast
 
     def before_batch(self):
-        if not self.training or not self.learn.is_training_fast or 'forward' in vars(self.model): return
+        if not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
         # A replay runs no hooks, and overwrites the gradients of the step before.
         hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.model.modules())
         whole = getattr(self.dls.train, 'drop_last', False)
-        if hooked or not whole or hasattr(self.learn, 'gradient_accumulation'): return
+        if hooked or not whole or self.model is not unwrap(self.model) or hasattr(self.learn, 'gradient_accumulation'):
+            return
         statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
         images = self.x.as_subclass(Tensor).clone()
         self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
@@ -70,11 +63,44 @@ class CUDAGraph(Callback):
         with torch.autocast('cuda', dtype, enabled=enabled, cache_enabled=False), warnings.catch_warnings():
             warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
             torch.cuda.make_graphed_callables(self.model, (images,))  # evaluation stays as it was
+        self.recorded = vars(self.model).get('forward')
         for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
 
-    def after_fit(self): vars(self.model).pop('forward', None)
+    def after_fit(self):
+        if self.recorded and vars(self.model).get('forward') is self.recorded: del self.model.forward
+        self.recorded = None
 
-    before_fit = after_fit
+    clean_up = after_fit
+
+
+class SmoothLoss(AvgSmoothLoss):
+    """fastai's smoothed loss, kept on the GPU: no batch waits for it."""
+
+    def accumulate(self, learn: Learner):
+        self.count += 1
+        self.val = torch.lerp(learn.loss.detach().mean(), self.val.to(learn.loss.device, non_blocking=True), self.beta)
+
+
+class Unhurried(Callback):
+    """Lets the recorder and the progress bar wait for the GPU once in an epoch, not at every batch."""
+    order, stock = Recorder.order + 1, None
+
+    def before_fit(self):
+        self.clean_up()
+        if recorder := getattr(self.learn, 'recorder', None):
+            self.stock, recorder.smooth_loss = recorder.smooth_loss, SmoothLoss(recorder.smooth_loss.beta)
+        if progress := getattr(self.learn, 'progress', None):
+            progress.after_batch = lambda: progress.pbar.update(self.learn.iter + 1)
+
+    def after_train(self):
+        if self.stock and self.recorder.losses: self.recorder.losses = [*torch.stack(self.recorder.losses).cpu()]
+
+    def after_fit(self):
+        if self.stock: self.recorder.smooth_loss = self.stock
+        if hasattr(self.learn, 'progress'): vars(self.progress).pop('after_batch', None)
+        self.stock = None
+
+    clean_up = after_fit
 
 
 class SideBySideConv2d(nn.Conv2d):
@@ -103,54 +129,31 @@ def fits_side_by_side(module: nn.Module) -> bool:
         == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
 
 
-def set_layout(model: nn.Module, opt, memory_format: torch.memory_format):
-    """Bring the 4-d weights of `model` to `memory_format`, and with them their gradients and moments.
-
-    A fused optimizer on a CPU pairs weights and moments by memory, not by index: with another layout on one side it
-    would step wrongly, without an error.
-    """
-    model.to(memory_format=memory_format)
-    if opt is not None: match_layout(opt)
-
-
-def in_fast_layout(learn: Learner, x: Tensor) -> Tensor:
-    """`x` in channels-last memory if the network is a `fast_model`, which then predicts a third faster."""
-    fast = isinstance(get_model(learn.model), getattr(learn, 'fast_model', ())) and x.device.type in ('cpu', 'cuda')
-    return x.contiguous(memory_format=torch.channels_last) if fast else x
-
-
-def match_layout(opt):
-    """Give every moment in the state of `opt` the memory layout of its weight."""
-    for p, state in getattr(opt, 'opt', opt).state.items():
-        for k, v in state.items():
-            if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride():
-                state[k] = torch.empty_like(p).copy_(v)
-
-
 def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
-    """State-dict hook that makes tensors contiguous, so that files written during a fit are plain."""
+    """State-dict hook that makes tensors contiguous, so that files written in `fast` are plain."""
     for k, v in state.items():
         if k.startswith(prefix) and isinstance(v, Tensor): state[k] = v.contiguous()
 
 
 @contextlib.contextmanager
 def fast_layout(learn: Learner):
-    """Context manager for a fit: weights in channels-last memory, and small maps side by side on a CPU with AMX."""
-    model, device = get_model(learn.model), learn.device
-    if not learn.is_training_fast or device.type not in ('cpu', 'cuda'):
+    """Context manager: weights in the network's `memory_format`, and convolutions that suit the processor."""
+    model = unwrap(learn.model)
+    memory_format, device = getattr(model, 'memory_format', None), next(model.parameters()).device
+    if memory_format is None or device.type not in ('cpu', 'cuda'):
         yield
         return
     amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and cpu_capabilities().get('amx_bf16')
     convs = [m for m in model.modules() if fits_side_by_side(m)] if amx else []
-    plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose channels-last
+    plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose another layout
     hook = model.register_state_dict_post_hook(make_contiguous)
     try:
         for conv in convs: conv.__class__ = SideBySideConv2d
-        set_layout(model, learn.opt, torch.channels_last)
+        model.to(memory_format=memory_format)
         yield
     finally:
         for conv in convs: conv.__class__ = nn.Conv2d
-        if plain: set_layout(model, learn.opt, torch.contiguous_format)
+        if plain: model.to(memory_format=torch.contiguous_format)
         hook.remove()
 
 
@@ -177,37 +180,57 @@ def keep_freed_memory():
         libc.malloc_trim(0)
 
 
-@contextlib.contextmanager
-def keep_random_state(device: torch.device):
-    """Context manager after which the caller's random generators and `cudnn.benchmark` are as they were."""
-    python, numpy, benchmark = random.getstate(), np.random.get_state(), torch.backends.cudnn.benchmark
-    mps = torch.mps.get_rng_state() if device.type == 'mps' else None
-    gpus = []
-    if device.type == 'cuda' or torch.cuda.is_initialized():  # one of several processes leaves the others' GPUs alone
-        gpus = [*range(torch.cuda.device_count())] if RANKS == 1 else [torch.cuda.current_device()]
-    with torch.random.fork_rng(gpus):
-        try: yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            torch.backends.cudnn.benchmark = benchmark
-            if mps is not None: torch.mps.set_rng_state(mps)
+class Interrupted(Callback):
+    """Does what fastai leaves undone when an error or Ctrl-C ends a fit, and guards the layout of a fused optimizer."""
+    finder = None
+
+    def before_fit(self): self.finder = getattr(self.learn, 'lr_finder', None)
+
+    def before_train(self):
+        if isinstance(self.opt, OptimWrapper): match_layout(self.opt.opt)  # a callback may have loaded a state
+
+    def after_fit(self): self.finder = None
+
+    def clean_up(self):
+        """Leave autocast (docs/findings/autocast_after_interrupt.sh), drop gradients, undo an `lr_find`."""
+        autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
+        if autocast and torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
+        if self.opt: self.opt.zero_grad()
+        if self.finder:  # docs/findings/interrupted_lr_find.sh
+            self.finder.learn = self.learn
+            self.finder.after_fit()
 
 
 @contextlib.contextmanager
-def train_fast(learn: Learner):
-    """Context manager for a fit of `learn`: all that makes it fast, gone without a trace at its end."""
-    memory = keep_freed_memory() if learn.device.type == 'cpu' else contextlib.nullcontext()
-    with ignore_other_launch(), keep_random_state(learn.device), memory, fast_layout(learn):
+def fast(learn: Learner):
+    """Context manager in which `learn` trains and predicts fast; undone at its end, also after an error or Ctrl-C.
+
+    On a CPU freed memory is kept for the next step. A network whose class names a `memory_format`, as `ResNet` does,
+    is brought into that layout, on a CPU with AMX its small maps are laid side by side, and on a GPU its training step
+    is recorded. Any other network keeps its layout, since it may use `view`. Numbers are the same, to rounding.
+    """
+    device, benchmark = next(learn.model.parameters()).device, torch.backends.cudnn.benchmark
+    cbs, memory = L(Interrupted()), keep_freed_memory() if device.type == 'cpu' else contextlib.nullcontext()
+    if device.type == 'cuda':
+        cbs.append(Unhurried())
+        if num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format'): cbs.append(CUDAGraph())
+    try:
         torch.backends.cudnn.benchmark = True
-        yield
+        with memory, fast_layout(learn), learn.added_cbs(cbs):
+            try: yield learn
+            except BaseException:
+                for cb in cbs: cb.clean_up()
+                raise
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if isinstance(learn.opt, OptimWrapper): match_layout(learn.opt.opt)
 
 
 def cpu_capabilities() -> dict: return getattr(torch.cpu, 'get_capabilities', dict)()  # earlier versions have none
 
 
 def best_precision(device: torch.device) -> str:
-    """'bf16' where the hardware is made for it, 'fp16' on older CUDA GPUs, else 'fp32'."""
+    """'bf16' if the hardware supports it natively, 'fp16' on older CUDA GPUs, else 'fp32'."""
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
     if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return 'fp32'
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # ONEDNN_MAX_CPU_ISA may forbid it
@@ -227,7 +250,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """The processor in words."""
-    several = f'{RANKS} × ' if RANKS > 1 else ''
+    several = f'{num_distrib()} × ' if num_distrib() > 1 else ''
     if device.type == 'cuda': return several + torch.cuda.get_device_name(device)
     name = cpu_capabilities().get('cpu_name') or platform.machine()
     threads = torch.get_num_threads()
