@@ -62,5 +62,6 @@ def test_the_package_holds_the_program_and_declares_its_imports():
     names = {o.name for node in nodes if isinstance(node, ast.Import) for o in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names = {name.partition('.')[0] for name in names} - {f.stem for f in modules} - {'lab', *sys.stdlib_module_names}
-    declared = {canonicalize_name(Requirement(r).name) for r in PROJECT['dependencies']}
-    for name in names: assert declared & set(map(canonicalize_name, packages_distributions()[name])), name
+    packages = packages_distributions()
+    assert {canonicalize_name(packages[name][0]) for name in names} == {
+        canonicalize_name(Requirement(r).name) for r in PROJECT['dependencies']}
