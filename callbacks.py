@@ -39,18 +39,12 @@ class SeedEpochs(Callback):
         if not hasattr(self.learn, 'lr_finder'): self.done += 1
 
 
-class Mean:
-    """The mean of what batches add, over all processes: no batch waits for a GPU, nor for other processes."""
-
-    def __init__(self): self.total, self.n = 0., 0
-
-    def add(self, value: Tensor, n: int): self.total, self.n = self.total + value.detach() * n, self.n + n
-
-    def compute(self) -> float:
-        if not self.n: return math.nan
-        both = torch.stack([self.total.float(), torch.full_like(self.total, self.n).float()]).as_subclass(Tensor)
-        if num_distrib() > 1: torch.distributed.all_reduce(both)
-        return (both[0] / both[1]).item()
+def average(values: list[tuple[Tensor, int]]) -> float:
+    """The mean of the batches' `values`, each with its number of images, over all processes."""
+    if not values: return math.nan
+    sums = torch.stack([sum(v * n for v, n in values), torch.full_like(values[0][0], sum(n for _, n in values))])
+    if num_distrib() > 1: torch.distributed.all_reduce(sums)
+    return (sums[0] / sums[1]).item()
 
 
 class History(TrainingCallback):
@@ -64,14 +58,12 @@ class History(TrainingCallback):
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
 
-    def before_train(self): self.start, self.loss_mean, self.accuracy_mean = time.perf_counter(), Mean(), Mean()
-
-    def before_validate(self): self.loss_mean, self.accuracy_mean = Mean(), Mean()
+    def before_train(self): self.start, self.losses, self.accuracies = time.perf_counter(), [], []
 
     def after_batch(self):
         if self.start is None or not len(self.yb): return
-        self.loss_mean.add(self.learn.loss.mean(), find_bs(self.yb))
-        self.accuracy_mean.add(accuracy(self.pred, *self.yb), find_bs(self.yb))
+        for values, value in ((self.losses, self.learn.loss.mean()), (self.accuracies, accuracy(self.pred, *self.yb))):
+            values.append((value.detach().as_subclass(Tensor).float(), find_bs(self.yb)))  # no batch waits for a GPU
         if not self.training: return
         hypers = self.opt.hypers[-1]  # set by the scheduler before the batch: what its step used
         self.schedule.append(dict(batch=len(self.schedule) + 1, lr=float(hypers['lr']),
@@ -79,15 +71,16 @@ class History(TrainingCallback):
 
     def after_train(self):
         self.seconds_training += time.perf_counter() - self.start
-        self.trained = dict(train_loss=self.loss_mean.compute(), train_accuracy=self.accuracy_mean.compute())
+        self.trained = [average(self.losses), average(self.accuracies)]
+        self.losses, self.accuracies = [], []
 
     def after_validate(self):
         if self.start is None: return  # a test without training
-        self.rows.append(dict(epoch=len(self.rows) + 1, **self.trained, test_loss=self.loss_mean.compute(),
-                              test_accuracy=self.accuracy_mean.compute(), seconds=time.perf_counter() - self.start))
+        row = len(self.rows) + 1, *self.trained, average(self.losses), average(self.accuracies)
+        self.rows.append(dict(zip(self.columns, (*row, time.perf_counter() - self.start), strict=True)))
         self.start = None
 
-    def train_accuracy(self) -> float: return self.trained['train_accuracy']
+    def train_accuracy(self) -> float: return self.trained[1]
 
     def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}
 
@@ -146,12 +139,10 @@ class StopOnNaN(TrainingCallback):
 
     def before_train(self): self.finite = []
 
-    before_validate = before_train
-
     def after_batch(self): self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
 
     def after_train(self):
-        finite = torch.stack(self.finite).tolist() if self.finite else []
+        finite, self.finite = [bool(o) for o in self.finite], []
         if all(finite): return
         at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
         raise RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; lower --lr-max (the rate is '
@@ -160,21 +151,24 @@ class StopOnNaN(TrainingCallback):
     after_validate = after_train
 
 
-class MovingAverage:
-    """An exponential moving average of a model's weights, and of batch norm's statistics, in the copy `module`.
+class WeightAverage(TrainingCallback):
+    """Tests, and at the end keeps, a moving average of the weights and of batch norm's statistics.
 
-    `decay` is per step; it ramps up so that the initial weights are forgotten. (torch's AveragedModel would wait for
-    the GPU at every step, as it moves its counter there.)
+    An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
+    approximates. What was tested stays in the model until the next epoch, where callbacks that save the best model
+    look for it. `decay` is per step; it ramps up over about `ramp` steps, as in TensorFlow, since with a constant decay
+    a short run's average remembers its start. (torch's AveragedModel moves its counter to the GPU, and waits for it.)
     """
-    ramp = 10  # steps, as in TensorFlow; with a constant decay a short run's average remembers its start
+    order, ramp = AFTER_RECORDER, 10
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.module, self.decay, self.steps = deepcopy(model), decay, 0
+    def __init__(self, decay: float): self.decay = decay
+
+    def before_fit(self):
+        self.module, self.steps, self.swapped = deepcopy(unwrap(self.model)), 0, False
         self.average, self.latest = ([t.data for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
-                                     for m in (self.module, model))
+                                     for m in (self.module, unwrap(self.model)))
 
-    def update(self):
-        """Takes in the model's weights after a step."""
+    def after_step(self):
         decay = min(self.decay, (1 + self.steps) / (self.ramp + self.steps)) if self.steps else 0.
         torch._foreach_lerp_(self.average, self.latest, 1 - decay)
         self.steps += 1
@@ -185,31 +179,6 @@ class MovingAverage:
             kept = average.clone()
             average.copy_(latest)
             latest.copy_(kept)
-
-    def state_dict(self) -> dict: return dict(steps=self.steps, module=self.module.state_dict())
-
-    def load_state_dict(self, state: dict):
-        self.steps = state['steps']
-        self.module.load_state_dict(state['module'])
-
-
-class WeightAverage(TrainingCallback):
-    """Tests, and at the end keeps, a `MovingAverage` of the weights instead of those of the last step.
-
-    An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
-    approximates. What was tested stays in the model until the next epoch, where callbacks that save the best model
-    look for it.
-    """
-    order = AFTER_RECORDER
-
-    def __init__(self, decay: float): self.decay = decay
-
-    def before_fit(self): self.average, self.swapped = MovingAverage(unwrap(self.model), self.decay), False
-
-    def after_step(self): self.average.update()
-
-    def swap(self):
-        self.average.swap()
         self.swapped = not self.swapped
 
     def before_epoch(self):
@@ -219,10 +188,10 @@ class WeightAverage(TrainingCallback):
 
     def after_fit(self):
         if not self.swapped: self.swap()  # something ended an epoch before its test
-        del self.average
+        del self.module, self.average, self.latest
 
-    def state_dict(self) -> dict: return dict(self.average.state_dict(), swapped=self.swapped)
+    def state_dict(self) -> dict: return dict(steps=self.steps, swapped=self.swapped, module=self.module.state_dict())
 
     def load_state_dict(self, state: dict):
-        self.average.load_state_dict(state)
-        self.swapped = state['swapped']
+        self.steps, self.swapped = state['steps'], state['swapped']
+        self.module.load_state_dict(state['module'])

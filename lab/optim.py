@@ -16,18 +16,17 @@ class CrossEntropy(CrossEntropyLossFlat):
         return super().__call__(inp, targ, **kwargs)
 
 
-def match_layout(opt):
-    """Give every gradient and every moment of `opt`, an optimizer of torch, the memory layout of its weight.
+def match_layout(opt: torch.optim.Optimizer):
+    """Give every gradient and every moment of `opt` the memory layout of its weight.
 
     A fused optimizer on a CPU pairs weights and moments by memory, not by index: with another layout on one side it
     would step wrongly, without an error (docs/findings/fused_adamw_mixed_layouts.sh).
     """
-    for p in (p for pg in opt.param_groups for p in pg['params'] if p.grad is not None):
-        if p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
-    for p, state in opt.state.items():
-        for k, v in state.items():
+    for p in (p for pg in opt.param_groups for p in pg['params']):
+        if p.grad is not None and p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
+        for k, v in opt.state.get(p, {}).items():
             if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride():
-                state[k] = torch.empty_like(p).copy_(v)
+                opt.state[p][k] = torch.empty_like(p).copy_(v)
 
 
 class TorchOptimizer(OptimWrapper):
@@ -40,39 +39,31 @@ class TorchOptimizer(OptimWrapper):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for i, pg in enumerate(self.opt.param_groups):
-            for k, v in dict(list=i, decays=True).items(): pg.setdefault(k, v)
+        for i, pg in enumerate(self.opt.param_groups): pg.update(dict(list=i, decays=True) | pg)
 
-    def split(self):
-        """Split the groups in two by the `do_wd` that fastai has put into `state`."""
+    def split(self) -> dict[int, list]:
+        """The torch groups of each list, what decays first, after splitting them by fastai's `do_wd` in `state`."""
         def decays(p): return self.state[p].get('do_wd', True)
-        if all(decays(p) == pg['decays'] for pg in self.opt.param_groups for p in pg['params']): return
-        groups = []
-        for i, params in enumerate(self.param_lists):
-            options = first(pg for pg in self.opt.param_groups if pg['list'] == i)
-            for which, wd in ((True, {}), (False, dict(weight_decay=0.))):
-                if chosen := [p for p in params if decays(p) == which]:
-                    groups.append(options | dict(params=chosen, decays=which) | wd)
-        self.opt.param_groups = groups
+        if any(decays(p) != pg['decays'] for pg in self.opt.param_groups for p in pg['params']):
+            parts = [pg | dict(params=[p for p in pg['params'] if decays(p) == which], decays=which) | wd
+                     for pg in self.opt.param_groups for which, wd in ((True, {}), (False, dict(weight_decay=0.)))]
+            self.opt.param_groups = [pg for pg in parts if pg['params']]
+        return groupby(self.opt.param_groups, itemgetter('list'))
 
     @property
-    def param_lists(self) -> list:
-        lists = groupby(self.opt.param_groups, lambda pg: pg['list'])
-        return [[p for pg in lists[i] for p in pg['params']] for i in sorted(lists)]
+    def param_lists(self) -> list: return [[p for pg in pgs for p in pg['params']] for pgs in self.split().values()]
 
     @property
     def hypers(self) -> list[dict]:
-        lists = groupby(self.opt.param_groups, lambda pg: pg['list'])
-        return [Hypers(self, i, {self.fwd_map.get(k, k): v for k, v in detuplify_pg(lists[i][0]).items()
-                                 if k not in ('list', 'decays')}) for i in sorted(lists)]
+        return [Hypers({self.fwd_map[k]: v for k, v in detuplify_pg(groups[0]).items() if k in self.fwd_map},
+                       partial(self.set_in, groups)) for groups in self.split().values()]
+
+    def set_in(self, groups: list[dict], k: str, v: Any):
+        for pg in groups:
+            if pg['decays'] or k != 'wd': set_item_pg(pg, self.bwd_map[k], v)
 
     def _set_hyper(self, k: str, values: list):
-        self.split()
-        for i, v in enumerate(values): self.set_in_list(i, k, v)
-
-    def set_in_list(self, i: int, k: str, v: Any):
-        for pg in self.opt.param_groups:
-            if pg['list'] == i and (pg['decays'] or k != 'wd'): set_item_pg(pg, self.bwd_map[k], v)
+        for groups, v in zip(self.split().values(), values, strict=True): self.set_in(groups, k, v)
 
     def step(self, closure: Callable | None = None):
         self.split()
@@ -82,8 +73,7 @@ class TorchOptimizer(OptimWrapper):
     def state_dict(self) -> dict:
         """As torch's, with contiguous tensors, whatever the layout in training."""
         self.split()
-        state = self.opt.state_dict()
-        return state | dict(state=apply(lambda o: o.contiguous() if isinstance(o, Tensor) else o, state['state']))
+        return apply(lambda o: o.contiguous() if isinstance(o, Tensor) else o, self.opt.state_dict())
 
     def load_state_dict(self, state: dict):
         self.split()
@@ -91,15 +81,13 @@ class TorchOptimizer(OptimWrapper):
 
 
 class Hypers(dict):
-    """The hyper-parameters of list `i` of a `TorchOptimizer`; new items are also passed on to it."""
+    """Hyper-parameters that pass on what is written to them by `write(key, value)`."""
 
-    def __init__(self, opt: TorchOptimizer, i: int, items: dict):
+    def __init__(self, items: dict, write: Callable):
         super().__init__(items)
-        self.opt, self.i = opt, i
+        self.write = write
 
-    def __setitem__(self, k, v):
-        super().__setitem__(k, v)
-        self.opt.set_in_list(self.i, k, v)
+    def __setitem__(self, k, v): super().__setitem__(k, v); self.write(k, v)  # noqa: E702
 
 
 class FusedAdam(TorchOptimizer):
@@ -108,9 +96,8 @@ class FusedAdam(TorchOptimizer):
     `mom` is what one-cycle starts from, so that the finder has it, too; fastai's own default is 0.9.
     """
 
-    def __init__(self, params, lr: float, mom: float = 0.95, sqr_mom: float = 0.99, eps: float = 1e-5,
-                 wd: float = 0.01):
-        params = L(params)
+    def __init__(self, params, lr: float, mom: float = .95, sqr_mom: float = .99, eps: float = 1e-5, wd: float = .01):
+        params = L(params)  # a splitter may return a generator
         device = (params[0][0] if isinstance(params[0], list | tuple | L) else params[0]).device
         super().__init__(params, torch.optim.AdamW, lr=lr, betas=(mom, sqr_mom), eps=eps, weight_decay=wd,
                          fused=device.type in ('cpu', 'cuda'), foreach=False)  # None would break TensorBoardCallback

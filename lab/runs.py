@@ -20,6 +20,7 @@ from lab.sources import NetworkError, get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
+PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # of NFS and FUSE
 
@@ -99,17 +100,26 @@ def set_state(cb: Callback, state: dict):
     else: vars(cb).update({k: L(v) if isinstance(vars(cb).get(k), L) else v for k, v in state.items()})
 
 
+def forecast(epochs: int, seconds: float):
+    """Say what `epochs` will take."""
+    minutes = round(seconds / 60)
+    about = f'{seconds:.0f} s' if seconds < 100 else f'{minutes} min' if minutes < 100 else f'{minutes / 60:.1f} h'
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
+
+
 class Checkpoint(Callback):
     """Saves a run to `folder` before the first epoch of a fit and after every epoch, or resumes it from `state`.
 
     Stored are `header`, weights, gradients that an accumulation left, the optimizer, and every callback's state.
     Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. `seconds` returns how long the run
     has taken. A resumed run skips what was done, a fit or epochs of it, and no other callback hears of that.
+    With `tell` it says after an epoch what the others will take.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, folder: Path, header: dict, state: dict | None, seconds: Callable):
-        self.folder, self.header, self.state, self.seconds, self.fits, self.skip = folder, header, state, seconds, 0, 0
+    def __init__(self, folder: Path, header: dict, state: dict, seconds: Callable, tell: bool = False):
+        self.folder, self.header, self.state, self.seconds, self.tell = folder, header, state, seconds, tell
+        self.fits = self.skip = 0
 
     def __call__(self, event_name: str):
         if not hasattr(self.learn, 'gather_preds'): super().__call__(event_name)
@@ -130,7 +140,11 @@ class Checkpoint(Callback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        if self.epoch + 1 > self.skip: self.save(self.epoch + 1)
+        left = self.n_epoch - self.epoch - 1
+        if self.epoch + 1 > self.skip:
+            self.save(self.epoch + 1)
+            if self.tell and left: forecast(left, left * self.history.rows[-1]['seconds'])
+            self.tell = False
         elif self.epoch + 1 == self.skip:
             for cb, run in self.running: vars(cb)['run'] = run
 
@@ -171,15 +185,12 @@ def check_lr_end(lr_end: float | None, lr_max: float):
 
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
-    inf = float('inf')
-    if o.data == '': raise InputError('--data is empty; give a folder, or leave it out')
-    if (o.lr_min is None) != (o.lr_max is None):
-        raise InputError('--lr-min and --lr-max go together: give both or none')
-    if o.lr_min is not None and not 0 < o.lr_min < o.lr_max < inf:
-        raise InputError(f'--lr-min {o.lr_min:g} --lr-max {o.lr_max:g}: must be 0 < LRMIN < LRMAX')
+    inf, lrs = float('inf'), (o.lr_min, o.lr_max)
     for name, ok, rule in (
-            ('epochs', o.epochs >= 1, 'at least 1'), ('bs', o.bs >= 1, 'at least 1'),
-            ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
+            ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'),
+            ('bs', o.bs >= 1, 'at least 1'), ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
+            ('lr_min', lrs.count(None) != 1, 'given together with --lr-max'),
+            ('lr_min', None in lrs or 0 < o.lr_min < o.lr_max < inf, f'between 0 and --lr-max {o.lr_max}'),
             ('lr_end', o.lr_end is None or 0 < o.lr_end < inf, 'a positive number'),
             ('wd', 0 <= o.wd < inf, 'at least 0 and finite'),
             ('label_smoothing', 0 <= o.label_smoothing < 1, 'at least 0 and less than 1'),
@@ -204,48 +215,49 @@ class Run:
     """
 
     def __init__(self, options, given: set[str] | None = None):
-        self.start, self.state, self.stack = time.perf_counter(), None, contextlib.ExitStack()
+        self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
         self.bare = given is not None and given <= {'out'} and num_distrib() < 2
         options = dataclasses.replace(options, **{k: str(v) for k, v in vars(options).items() if isinstance(v, Path)})
         self.folder = Path(options.resume or options.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
         if options.resume is None:
             check_options(options)
-            self.options = limit_to_quick_look(options) if options.quick else options
             self.check_free()
+            if options.plain:
+                if more := (given or set()) & {*PLAIN}: raise InputError(f'--{min(more)} is what --plain sets itself')
+                options = dataclasses.replace(options, **PLAIN)
+            self.options = limit_to_quick_look(options) if options.quick else options
         else:
             if more := (given or set()) - {'data', 'resume'}:
                 raise InputError(f'--{min(more).replace("_", "-")}: --resume takes --data and no other option')
-            self.lock()  # first, since another run might still replace the checkpoint
-            try: self.load(options)
-            except InputError:
-                self.stack.close()
-                raise
-        s = self.state or {}
+            with contextlib.ExitStack() as self.stack:
+                self.lock()  # first, since another run might still replace the checkpoint
+                self.load(options)
+                self.stack = self.stack.pop_all()
         if self.options.bs % max(num_distrib(), 1):
             raise InputError(f'--bs {self.options.bs} is not a multiple of {num_distrib()}, the number of processes')
-        self.precision = s.get('precision') or resolve_precision(self.options.precision, default_device())
-        self.lrs = (s['lr_min'], s['lr_max']) if s else (options.lr_min, options.lr_max) if options.lr_min else None
+        s, o = self.state, self.options
+        self.precision = s.get('precision') or resolve_precision(o.precision, default_device())
+        self.lrs = (s['lr_min'], s['lr_max']) if s else (o.lr_min, o.lr_max) if o.lr_min else None
 
     def load(self, options):
         """Take the options and the state from the run's checkpoint. Raises `InputError`."""
-        out, name = self.folder, f'--resume {self.folder}'
-        if (out/'model.pth').exists(): raise InputError(f'{name}: this run is finished, nothing is left to do')
-        try: self.state = load_state(out/CHECKPOINT)
-        except InputError as e: raise InputError(f'{name}: {e}; start a run without --resume') from e
-        names = {f.name for f in dataclasses.fields(options)}
-        if not isinstance(self.state, dict) or self.state.get('options', {}).keys() != names or 'fits' not in self.state:
-            raise InputError(f'{name}: {CHECKPOINT} was not written by this version of the program')
+        resume, names = f'--resume {self.folder}', {f.name for f in dataclasses.fields(options)}
+        if (self.folder/'model.pth').exists(): raise InputError(f'{resume}: this run is finished')
+        try: self.state = load_state(self.folder/CHECKPOINT)
+        except InputError as e: raise InputError(f'{resume}: {e}; start a run without --resume') from e
+        if not isinstance(self.state, dict) or {*self.state.get('options', ())} != names or 'fits' not in self.state:
+            raise InputError(f'{resume}: {CHECKPOINT} was not written by this version of the program')
         self.options = type(options)(**self.state['options'] | (dict(data=options.data) if options.data else {}))
         self.start -= self.state['seconds_total']
 
     def lock(self):
         """Lock the run's folder: a second run in it is refused. Raises `InputError`."""
         if rank_distrib(): return
+        lock = self.folder/'.lock'
         try:
-            (self.folder/'.write').touch()
-            (self.folder/'.write').unlink()
-            self.stack.enter_context(FileLock(self.folder/'.lock', timeout=0))
-            self.stack.callback((self.folder/'.lock').unlink, missing_ok=True)  # while it is held: nobody else is in
+            lock.touch()
+            self.stack.enter_context(FileLock(lock, timeout=0))
+            self.stack.callback(lock.unlink, missing_ok=True)  # while it is held: nobody else is in
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
         except OSError as e:
             if e.errno not in NO_LOCKS:
@@ -254,45 +266,37 @@ class Run:
 
     def check_free(self):
         """Raise `InputError` if the folder cannot take a new run."""
-        out = self.folder
-        if rank_distrib(): return
-        if out.is_file(): raise InputError(f'--out {out} is a file, not a folder')
-        if any((out/name).exists() for name in (CHECKPOINT, 'metrics.json', 'model.pth')):
-            resume = '' if (out/'model.pth').exists() else f', or {self.resume_command}'
-            raise InputError(f'--out {out} already holds a run; choose another folder{resume}')
+        if self.folder.is_file(): raise InputError(f'--out {self.folder} is a file, not a folder')
+        if not rank_distrib() and any((self.folder/o).exists() for o in (CHECKPOINT, 'metrics.json', 'model.pth')):
+            resume = '' if (self.folder/'model.pth').exists() else f', or {self.resume_command}'
+            raise InputError(f'--out {self.folder} already holds a run; choose another folder{resume}')
 
     @property
-    def program(self) -> list[str]:
-        launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
-        return [*launch.split(), 'train_fastai.py']
-
-    @property
-    def resume_command(self) -> str:
-        return f'resume it with: {shlex.join([*self.program, "--resume", str(self.folder)])}'
+    def resume_command(self) -> str: return f'resume it with: {self.format_command(resume=str(self.folder))}'
 
     @property
     def command(self) -> str:
         """The command that starts a run with the same options, in a new folder."""
-        command = self.program
-        for field in dataclasses.fields(self.options):
-            value = getattr(self.options, field.name)
-            if field.name in ('out', 'resume') or value == field.default: continue
-            command += [f'--{field.name.replace("_", "-")}', *([] if value is True else [str(value)])]
-        return shlex.join(command)
+        changed = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)
+                   if f.name not in ('out', 'resume') and getattr(self.options, f.name) != f.default}
+        return self.format_command(**changed)
+
+    def format_command(self, **options) -> str:
+        launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
+        return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
+            f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])
 
     def find_images(self) -> dict:
-        """The arguments of `get_dls`: the data folder, the batch size, and of how many images one is taken.
+        """The arguments of `get_dls`. A quick look takes the sample, or a tenth of a given folder.
 
-        A quick look takes the sample, or a tenth of a given folder. The bare command, which has no option but --out,
-        turns into a quick look where there is no network. Raises `InputError`.
+        The bare command, with no option but --out, turns into a quick look without a network. Raises `InputError`.
         """
-        o = self.options
-        try: path = get_sample() if o.quick and o.data is None else get_data(o.data)
+        try: path = get_sample() if self.options.quick and self.options.data is None else get_data(self.options.data)
         except NetworkError as e:
             if not self.bare: raise InputError(f'{e}, or --quick, which needs none') from e
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
-            self.options = o = limit_to_quick_look(o)
-            path = get_sample()
+            self.options, path = limit_to_quick_look(self.options), get_sample()
+        o = self.options
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
 
     def claim_folder(self, dls: DataLoaders):
@@ -310,11 +314,11 @@ class Run:
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, which uses these learning rates. Raises `InputError`."""
-        self.lrs = lr_min, lr_max
+        tell, self.lrs = self.lrs is not None, (lr_min, lr_max)  # else the finder has told it
         check_lr_end(self.options.lr_end, lr_max)
         header = dict(lr_min=lr_min, lr_max=lr_max, precision=self.precision, fingerprint=self.fingerprint,
                       options=vars(self.options) | dict(resume=None))
-        return Checkpoint(self.folder, header, self.state, self.seconds)
+        return Checkpoint(self.folder, header, self.state, self.seconds, tell)
 
     def seconds(self) -> float:
         """How long the run has taken, interruptions left out."""

@@ -7,6 +7,7 @@ import ctypes
 import platform
 import sys
 import warnings
+from unittest import mock
 
 from fastai.vision.all import *
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,7 @@ from lab.errors import InputError
 from lab.optim import match_layout
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
+replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
 SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (docs/speed.md)
 
 
@@ -81,28 +83,6 @@ class SmoothLoss(AvgSmoothLoss):
         self.val = torch.lerp(learn.loss.detach().mean(), self.val.to(learn.loss.device, non_blocking=True), self.beta)
 
 
-class Unhurried(Callback):
-    """Lets the recorder and the progress bar wait for the GPU once in an epoch, not at every batch."""
-    order, stock = Recorder.order + 1, None
-
-    def before_fit(self):
-        self.clean_up()
-        if recorder := getattr(self.learn, 'recorder', None):
-            self.stock, recorder.smooth_loss = recorder.smooth_loss, SmoothLoss(recorder.smooth_loss.beta)
-        if progress := getattr(self.learn, 'progress', None):
-            progress.after_batch = lambda: progress.pbar.update(self.learn.iter + 1)
-
-    def after_train(self):
-        if self.stock and self.recorder.losses: self.recorder.losses = [*torch.stack(self.recorder.losses).cpu()]
-
-    def after_fit(self):
-        if self.stock: self.recorder.smooth_loss = self.stock
-        if hasattr(self.learn, 'progress'): vars(self.progress).pop('after_batch', None)
-        self.stock = None
-
-    clean_up = after_fit
-
-
 class SideBySideConv2d(nn.Conv2d):
     """A 3×3 convolution that lays small maps side by side, in rows of 32: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`.
 
@@ -122,8 +102,8 @@ class SideBySideConv2d(nn.Conv2d):
         return maps.reshape(n, h, w, -1).contiguous().permute(0, 3, 1, 2)
 
 
-def fits_side_by_side(module: nn.Module) -> bool:
-    """Whether `SideBySideConv2d` computes what the convolution `module` does."""
+def is_plain_3x3(module: nn.Module) -> bool:
+    """Whether `module` is a 3×3 convolution with stride 1 and zeros around, which its faster forms compute as well."""
     return type(module) is nn.Conv2d and (
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
         == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
@@ -131,8 +111,7 @@ def fits_side_by_side(module: nn.Module) -> bool:
 
 def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
     """State-dict hook that makes tensors contiguous, so that files written in `fast` are plain."""
-    for k, v in state.items():
-        if k.startswith(prefix) and isinstance(v, Tensor): state[k] = v.contiguous()
+    state.update({k: v.contiguous() for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)})
 
 
 @contextlib.contextmanager
@@ -144,7 +123,7 @@ def fast_layout(learn: Learner):
         yield
         return
     amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and cpu_capabilities().get('amx_bf16')
-    convs = [m for m in model.modules() if fits_side_by_side(m)] if amx else []
+    convs = [m for m in model.modules() if is_plain_3x3(m)] if amx else []
     plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose another layout
     hook = model.register_state_dict_post_hook(make_contiguous)
     try:
@@ -161,27 +140,24 @@ def fast_layout(learn: Learner):
 def keep_freed_memory():
     """Context manager that keeps the memory of freed tensors: returning it and asking again costs an eighth of a step.
 
-    For a CPU on Linux with glibc. Afterwards the memory is returned, and glibc's thresholds are close to what its own
-    dynamic rule arrives at, which is switched off for good once `mallopt` was called.
+    For Linux with glibc. Afterwards the memory is returned, and glibc's thresholds are close to what its own dynamic
+    rule arrives at, which is switched off for good once `mallopt` was called.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'):
-        yield
-        return
+    mallopt, trim = getattr(libc, 'mallopt', noop), getattr(libc, 'malloc_trim', noop)
     m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
     try:
-        libc.mallopt(m_mmap_max, 0)  # no mapping of its own for a large tensor
-        libc.mallopt(m_trim_threshold, -1)  # never shrink the heap
+        mallopt(m_mmap_max, 0)  # no mapping of its own for a large tensor
+        mallopt(m_trim_threshold, -1)  # never shrink the heap
         yield
     finally:
-        libc.mallopt(m_mmap_max, 65536)
-        libc.mallopt(m_mmap_threshold, 32 * 2**20)
-        libc.mallopt(m_trim_threshold, 64 * 2**20)
-        libc.malloc_trim(0)
+        for option, value in ((m_mmap_max, 65536), (m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 64 * 2**20)):
+            mallopt(option, value)
+        trim(0)
 
 
-class Interrupted(Callback):
-    """Does what fastai leaves undone when an error or Ctrl-C ends a fit, and guards the layout of a fused optimizer."""
+class Guard(Callback):
+    """Does in `fast` what fastai leaves undone: after an error or Ctrl-C, and for the layout of a loaded optimizer."""
     finder = None
 
     def before_fit(self): self.finder = getattr(self.learn, 'lr_finder', None)
@@ -189,14 +165,17 @@ class Interrupted(Callback):
     def before_train(self):
         if isinstance(self.opt, OptimWrapper): match_layout(self.opt.opt)  # a callback may have loaded a state
 
-    def after_fit(self): self.finder = None
+    def after_fit(self):
+        self.finder = None
+        if hasattr(self.learn, 'recorder'): self.recorder.losses = [o.cpu() for o in self.recorder.losses]
 
     def clean_up(self):
-        """Leave autocast (docs/findings/autocast_after_interrupt.sh), drop gradients, undo an `lr_find`."""
+        """Leave autocast, drop gradients, undo an `lr_find` (docs/findings/autocast_after_interrupt.sh and
+        interrupted_lr_find.sh)."""
         autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
         if autocast and torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
         if self.opt: self.opt.zero_grad()
-        if self.finder:  # docs/findings/interrupted_lr_find.sh
+        if self.finder:
             self.finder.learn = self.learn
             self.finder.after_fit()
 
@@ -209,43 +188,39 @@ def fast(learn: Learner):
     is brought into that layout, on a CPU with AMX its small maps are laid side by side, and on a GPU its training step
     is recorded. Any other network keeps its layout, since it may use `view`. Numbers are the same, to rounding.
     """
-    device, benchmark = next(learn.model.parameters()).device, torch.backends.cudnn.benchmark
-    cbs, memory = L(Interrupted()), keep_freed_memory() if device.type == 'cpu' else contextlib.nullcontext()
-    if device.type == 'cuda':
-        cbs.append(Unhurried())
-        if num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format'): cbs.append(CUDAGraph())
-    try:
-        torch.backends.cudnn.benchmark = True
-        with memory, fast_layout(learn), learn.added_cbs(cbs):
-            try: yield learn
-            except BaseException:
-                for cb in cbs: cb.clean_up()
-                raise
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-        if isinstance(learn.opt, OptimWrapper): match_layout(learn.opt.opt)
+    cbs, gpu = L(Guard()), next(learn.model.parameters()).is_cuda
+    if gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format'): cbs.append(CUDAGraph())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(torch.backends.cudnn, 'benchmark', True))
+        if not gpu: stack.enter_context(keep_freed_memory())
+        elif recorder := getattr(learn, 'recorder', None):
+            stack.enter_context(mock.patch.dict(vars(recorder), smooth_loss=SmoothLoss(recorder.smooth_loss.beta)))
+            if progress := getattr(learn, 'progress', None):  # its bar would show the loss, and so wait for it
+                update = dict(after_batch=lambda: progress.pbar.update(learn.iter + 1))
+                stack.enter_context(mock.patch.dict(vars(progress), update))
+        stack.callback(lambda: isinstance(learn.opt, OptimWrapper) and match_layout(learn.opt.opt))
+        stack.enter_context(fast_layout(learn))
+        stack.enter_context(learn.added_cbs(cbs))
+        try: yield learn
+        except BaseException:
+            for cb in cbs: cb.clean_up()
+            raise
 
 
 def cpu_capabilities() -> dict: return getattr(torch.cpu, 'get_capabilities', dict)()  # earlier versions have none
 
 
-def best_precision(device: torch.device) -> str:
-    """'bf16' if the hardware supports it natively, 'fp16' on older CUDA GPUs, else 'fp32'."""
-    if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
-    if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return 'fp32'
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return 'fp32'  # ONEDNN_MAX_CPU_ISA may forbid it
-    has = cpu_capabilities()
-    return 'bf16' if has.get('amx_bf16') or has.get('avx512_bf16') else 'fp32'
-
-
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`precision`, with 'auto' resolved for `device`. Raises `InputError` for one that does not exist there."""
+    """`precision`, with 'auto' resolved for `device`: 'bf16' if the hardware supports it natively, 'fp16' on older CUDA
+    GPUs, else 'fp32'. Raises `InputError` for one that does not exist there."""
     if precision not in PRECISIONS: raise InputError(f'--precision {precision} is not one of {", ".join(PRECISIONS)}')
-    if precision == 'fp16' and device.type != 'cuda':
-        raise InputError(f'--precision fp16 needs a CUDA GPU, not "{device.type}"; use bf16 or fp32')
-    if precision == 'bf16' and device.type not in ('cpu', 'cuda'):
-        raise InputError(f'--precision bf16 needs a CUDA GPU or a CPU, not "{device.type}"; use fp32')
-    return best_precision(device) if precision == 'auto' else precision
+    if precision == 'fp16' and device.type != 'cuda' or precision == 'bf16' and device.type not in ('cpu', 'cuda'):
+        raise InputError(f'--precision {precision} does not work on "{device.type}"; use auto')
+    if precision != 'auto': return precision
+    if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
+    native = cpu_capabilities().get('amx_bf16') or cpu_capabilities().get('avx512_bf16')
+    allowed = device.type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # ONEDNN_MAX_CPU_ISA may forbid it
+    return 'bf16' if native and allowed else 'fp32'
 
 
 def device_name(device: torch.device) -> str:
