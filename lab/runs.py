@@ -62,12 +62,8 @@ def save_state(file: Path, state: dict):
 
 
 def load_state(file: Path) -> dict:
-    """Load what `torch.save` wrote to `file`, tensors and plain values only: no code from the file is run.
-
-    Raises `InputError` for a file that is missing, damaged or holds anything else.
-    """
+    """What `torch.save` wrote to `file`; no code from the file is run. Raises `InputError`, also for other contents."""
     try: return torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError as e: raise InputError(f'{file} does not exist') from e
     except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
     except pickle.UnpicklingError as e:
         raise InputError(f'{file} holds more than weights and plain values; it was not opened') from e
@@ -91,7 +87,7 @@ def get_state(cb: Callback) -> dict:
     state = {}
     for k, v in vars(cb).items():
         with contextlib.suppress(TypeError): state[k] = plain(v)
-    return {k: v for k, v in state.items() if k != 'learn'}
+    return state
 
 
 def set_state(cb: Callback, state: dict):

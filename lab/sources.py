@@ -5,7 +5,7 @@ from http.client import HTTPException
 from urllib.error import URLError
 
 from fastai.vision.all import *
-from fastdownload.core import download_url
+from fastcore.net import urlopen
 from filelock import FileLock
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import extract_archive
@@ -15,6 +15,7 @@ from lab.loader import show_progress
 
 SAMPLE = Path(__file__).parents[1]/'sample/cifar10_sample.tgz'
 SIZES = dict(cifar10=60_000, cifar10_torchvision=60_000, cifar10_sample=6_000)  # images in each folder
+MIB = 2**20
 TIMEOUT = 20  # seconds without a byte, after which a server counts as one that does not answer
 NETWORK_ERRORS = URLError, ConnectionError, TimeoutError, HTTPException  # a full disk raises none of these
 
@@ -56,11 +57,18 @@ def unpack(archive: Path, tmp: Path) -> Path:
     return first(o for o in tmp.iterdir() if o.is_dir())
 
 
+def fetch(url: str, file: Path) -> Path:
+    """Download `url` to `file`. (fastai and torchvision would wait for ever for a server that does not answer.)"""
+    with urlopen(url, timeout=TIMEOUT) as answer, file.open('wb') as f:
+        parts = range(0, size := int(answer.headers['Content-Length']), MIB)
+        for _ in progress_bar(parts, leave=False) if show_progress() else parts: f.write(answer.read(MIB))
+        if f.tell() < size: raise ConnectionError('the server broke off')
+    return file
+
+
 def download(tmp: Path) -> Path:
-    """fastai's copy, in `tmp`. (`untar_data` would wait for ever for a server that does not answer.)"""
-    archive = download_url(URLs.CIFAR, tmp/'cifar10.tgz', timeout=TIMEOUT, show_progress=show_progress())
-    if show_progress(): print()  # the bar leaves the cursor behind it
-    return unpack(archive, tmp)
+    """fastai's copy, in `tmp`."""
+    return unpack(fetch(URLs.CIFAR, tmp/'cifar10.tgz'), tmp)
 
 
 def write_torchvisions(source: Path | None, tmp: Path) -> Path:
@@ -68,9 +76,10 @@ def write_torchvisions(source: Path | None, tmp: Path) -> Path:
 
     torchvision compares the MD5 sums of its files before it unpickles them. Nothing is written to `source`.
     """
-    if source and not (source/CIFAR10.base_folder).is_dir(): source = unpack(source/CIFAR10.filename, tmp).parent
+    if source is None: source = unpack(fetch(CIFAR10.url, tmp/CIFAR10.filename), tmp).parent
+    elif not (source/CIFAR10.base_folder).is_dir(): source = unpack(source/CIFAR10.filename, tmp).parent
     for split in ('train', 'test'):
-        batches = CIFAR10(source or tmp, train=split == 'train', download=source is None)
+        batches = CIFAR10(source, train=split == 'train')
         for name in batches.classes: (tmp/'images'/split/name).mkdir(parents=True)
         for i, (image, label) in enumerate(batches):
             image.save(tmp/'images'/split/batches.classes[label]/f'{i:05}.png', compress_level=1)  # faster, 1 % larger
