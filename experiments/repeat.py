@@ -5,7 +5,6 @@
     python -m experiments.repeat seeds --add runs/X               # a finished run of train_fastai.py as a row
     python -m experiments.repeat ingredients --arms wd-0.2        # recipes, on a held-out tenth of the training images
     python -m experiments.repeat test --arms default              # the same, trained on all of them, on the test set
-    python -m experiments.repeat finder --seeds 0,1 --bs 64       # the learning-rate finder alone
     python -m experiments.repeat seeds --table --out experiments  # the table of the published runs
 
 Every finished run adds a row to `results.csv` in the folder --out. A run that has a row is not repeated, and an
@@ -18,7 +17,6 @@ import json
 from typing import Annotated
 
 import fastai
-from fastai.callback.schedule import minimum
 from fastai.vision.all import *
 from fastcore.script import call_parse
 
@@ -49,7 +47,7 @@ ARMS = {
     'lr-max-quarter-pad-mean-colour': QUARTER | dict(padding='mean-colour'), 'lr-max-quarter-plain': QUARTER | PLAIN,
     'ends-at-lrmin': PLAIN, 'div-final-1-holds-lrmax': PLAIN | dict(div_final=1.),
     'div-final-1e5-annihilates': PLAIN | dict(div_final=1e5)}
-KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']  # a finder has 0 epochs
+KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']
 COLUMNS = [*KEY, 'train_images', 'test_images', 'lr_min', 'lr_max', 'div_final', 'minimum', 'wd', 'label_smoothing',
            'padding', 'eps', 'ema', 'accuracy', 'accuracy_flip', 'test_loss', 'train_accuracy', 'first_epoch_over_90',
            'seconds_training', 'seconds_total', 'precision', 'device', 'torch', 'fastai', 'commit']
@@ -68,12 +66,6 @@ def add_row(folder: Path, row: dict):
     load_results(folder)
     line = pd.DataFrame([row], columns=COLUMNS).to_csv(index=False, header=not (folder/'results.csv').exists())
     with (folder/'results.csv').open('a') as f: f.write(line)
-
-
-def make_tfms(padding: str) -> list[Transform]:
-    """The experiment's augmentations with `padding`, 'reflect' or 'mean-colour'."""
-    pad = PadCrop(4) if padding == 'reflect' else PadCrop(4, padding_mode='constant', fill=MEAN_COLOUR)
-    return [pad, FlipLR(), Cutout(8)]
 
 
 def hold_out(path: Path, to: Path, every: int = 10) -> Path:
@@ -97,8 +89,8 @@ def score(learn: Learner) -> dict[str, float]:
 def read_run(folder: Path, data: str | Path | None) -> dict:
     """The row of a finished run of train_fastai.py on the images in `data`; its arm names the options that differ."""
     m, learn = json.loads((folder/'metrics.json').read_bytes()), load_run(folder, data=get_data(data))
-    o, named = m['options'], ('data', 'out', 'seed', 'epochs', 'bs', 'precision')
-    changed = [f'{k}={v}' for k, v in o.items() if k not in named and v != getattr(Options, k, v)]
+    o, free = m['options'], ('data', 'out', 'seed', 'epochs', 'bs', 'precision')
+    changed = [f'{k}={v}' for k, v in o.items() if k not in free and v != getattr(Options, k, v)]
     padding = 'reflect' if 'reflect' in str(m['recipe']['augmentation']) else 'mean-colour'
     return RECIPE | o | m['versions'] | m | dict(
         table='seeds', arm=' '.join(['experiment', *changed]), every=10 if o['quick'] else 1, padding=padding,
@@ -106,56 +98,29 @@ def read_run(folder: Path, data: str | Path | None) -> dict:
         accuracy_flip=score(learn)['accuracy_flip'])
 
 
-def run_experiment(data: str | None, folder: Path, **options: int) -> dict:
-    """Run train_fastai.py in `folder` with `options`, or resume it there; return its row."""
-    if not (folder/'model.pth').exists():
-        start = [f'--out={folder}', *(f'--{k}={v}' for k, v in (options | dict(data=data)).items() if v is not None)]
-        train_fastai.main([f'--resume={folder}'] if (folder/CHECKPOINT).exists() else start)
-    return read_run(folder, data)
-
-
-def describe(dls: DataLoaders) -> dict:
-    """The columns that tell what a run was made with."""
-    return dict(train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
-                precision=resolve_precision('auto', dls.device), torch=torch.__version__, fastai=fastai.__version__,
-                commit=find_commit())
-
-
-def run_finder(dls: DataLoaders, seed: int, folder: str) -> dict:
-    """Run the finder alone, of the default recipe; the row has fastai's `minimum` suggestion for the peak, too."""
-    learn = get_learner(dls, seed=seed, path=folder)
-    with fast(learn): lr_min, lr_max = find_lrs(learn)
-    lrs, losses = (tensor(o)[10:-5] for o in (learn.recorder.lrs, learn.recorder.losses))  # as fastai trims them
-    return RECIPE | describe(dls) | dict(lr_min=lr_min, lr_max=lr_max, minimum=minimum(lrs, losses, 100)[0])
-
-
 def train(dls: DataLoaders, recipe: dict, seed: int, epochs: int, folder: Path, find_rates: Callable) -> dict:
-    """Train by `recipe` with the rates that `find_rates(seed)` found, or resume in `folder`; return the row."""
-    folder.mkdir(exist_ok=True)
+    """Train by `recipe` with the rates that `find_rates(seed)` finds, or resume in `folder`; return the row."""
     state = load_state(folder/CHECKPOINT) if (folder/CHECKPOINT).exists() else None
-    rates = {k: state[k] if state else find_rates(seed)[k] for k in ('lr_min', 'lr_max')}
-    lr_min, lr_max = rates['lr_min'], recipe['lr_max_factor'] * rates['lr_max']
+    lr_min, found = state['lrs'] if state else find_rates(seed)
+    lr_max = recipe['lr_max_factor'] * found
     div_final = recipe['div_final'] or lr_max / lr_min
     learn = get_learner(dls, opt_func=partial(FusedAdam, eps=recipe['eps']), seed=seed, path=folder,
                         **{k: recipe[k] for k in ('wd', 'label_smoothing', 'ema')})
     h = learn.history
     with fast(learn):
         learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START,
-                            cbs=Checkpoint(folder, rates, state, lambda: h.seconds_training))
-    return recipe | describe(dls) | score(learn) | dict(
-        lr_min=lr_min, lr_max=lr_max, div_final=div_final, train_accuracy=h.rows[-1]['train_accuracy'],
-        first_epoch_over_90=first(o['epoch'] for o in h.rows if o['test_accuracy'] > TARGET),
-        seconds_training=h.seconds_training)
+                            cbs=Checkpoint(folder, dict(lrs=(lr_min, found)), state, lambda: h.seconds_training))
+    return recipe | score(learn) | dict(
+        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
+        precision=resolve_precision('auto', dls.device), torch=torch.__version__, fastai=fastai.__version__,
+        commit=find_commit(), lr_min=lr_min, lr_max=lr_max, div_final=div_final, seconds_training=h.seconds_training,
+        train_accuracy=h.rows[-1]['train_accuracy'],
+        first_epoch_over_90=first(o['epoch'] for o in h.rows if o['test_accuracy'] > TARGET))
 
 
 def format_percent(shares: pd.Series, unit: str = ' %') -> str:
     """Mean ± standard deviation of shares between 0 and 1, as 92.73 ± 0.15 %; a single one has no deviation."""
     return f'{100 * shares.mean():.2f}' + (f' ± {100 * shares.std():.2f}' if len(shares) > 1 else '') + unit
-
-
-def format_range(values: pd.Series) -> str:
-    """The lowest and the highest."""
-    return ' to '.join(dict.fromkeys(f'{o:.2e}' for o in (values.min(), values.max())))
 
 
 def make_table(columns: str, rows: list[tuple]) -> str:
@@ -171,7 +136,7 @@ def tabulate_seeds(runs: pd.DataFrame) -> str:
              'none' if pd.isna(r.first_epoch_over_90) else int(r.first_epoch_over_90), r.commit)
             for _, r in runs.iterrows()]
     rows.append((f'mean ± sd, n = {len(runs)}', '', '', *(format_percent(runs[k]) for k in shares), '', ''))
-    columns = 'seed | LRMIN | LRMAX | training accuracy | test accuracy | flip averaging | first epoch over 90 % | commit'
+    columns = 'seed | LRMIN | LRMAX | training | test | flip averaging | first epoch over 90 % | commit'
     return make_table(columns, rows) + f'\nAt least 94 %: {(runs.accuracy.round(4) >= 0.94).sum()} of {len(runs)}.\n'
 
 
@@ -182,32 +147,22 @@ def tabulate_arms(runs: pd.DataFrame) -> str:
         if not rows: base = group.accuracy
         gains = (group.accuracy - base).dropna() if rows else []
         rows.append((arm, f'average, decay {ema:g}' if ema else 'last step', ', '.join(map(str, group.index)),
-                     format_range(group.lr_max), format_percent(group.train_accuracy), format_percent(group.accuracy),
+                     ' to '.join(dict.fromkeys(f'{o:.2e}' for o in (group.lr_max.min(), group.lr_max.max()))),
+                     format_percent(group.train_accuracy), format_percent(group.accuracy),
                      format_percent(gains, '') if len(gains) else '', format_percent(group.accuracy_flip)))
-    return make_table('recipe | weights | seeds | LRMAX | training accuracy | accuracy | gain | flip averaging', rows)
+    return make_table('recipe | weights | seeds | LRMAX | training | accuracy | gain | flip averaging', rows)
 
 
-def tabulate_finders(runs: pd.DataFrame) -> str:
-    """How far apart the rates are that finders found, for each batch size and size of the data set."""
-    rows = [(arm, bs, f'{images:,}', len(group), format_range(group.lr_min), format_range(group.lr_max),
-             *(f'{group[k].max() / group[k].min():.1f}' for k in ('lr_max', 'minimum')), made_with)
-            for (arm, bs, images, made_with), group in
-            runs.groupby(['arm', 'batch_size', 'train_images', 'made_with'])]
-    return make_table('finder | batch size | images | n | LRMIN | LRMAX | highest / lowest LRMAX | the same of `minimum` '
-                      '| processor, torch', rows)
-
-
-SIZE = ['epochs', 'train_images', 'batch_size', 'made_with']
-TABLES = dict(seeds=(tabulate_seeds, ['arm', *SIZE]), ingredients=(tabulate_arms, SIZE), test=(tabulate_arms, SIZE),
-              finder=(tabulate_finders, ['table']))  # and what the runs of one printed table have in common
+TABLES = dict(seeds=tabulate_seeds, ingredients=tabulate_arms, test=tabulate_arms)
 
 
 def tabulate(results: pd.DataFrame, name: str) -> str:
-    """What `results` has of the table `name`, in Markdown, by arm, size, processor and version of torch."""
-    (make, by), runs = TABLES[name], results[results.table == name].copy()
-    version = ('torch ' + runs.torch.str.split('+').str[0]).fillna('torch not recorded')
-    runs['made_with'] = runs.device.str.replace(r', \d+ threads?$', '', regex=True) + ', ' + version
-    return '\n'.join(f'{name}: {", ".join(f"{k} {o}" for k, o in zip(by, group, strict=True))}\n\n{make(rows)}'
+    """What `results` has of the table `name`, in Markdown, by size, processor and version of torch."""
+    runs = results[results.table == name].copy()
+    version = ('torch ' + runs.torch.astype('string').str.split('+').str[0]).fillna('torch not recorded')
+    runs['processor'] = runs.device.str.replace(r', \d+ threads?$', '', regex=True) + ', ' + version
+    by = ['epochs', 'train_images', 'batch_size', 'processor'] + (['arm'] if name == 'seeds' else [])
+    return '\n'.join(f'{", ".join(f"{k} {o}" for k, o in zip(by, group, strict=True))}\n\n{TABLES[name](rows)}'
                      for group, rows in runs.groupby(by, sort=False))
 
 
@@ -226,32 +181,38 @@ def main(
     table: bool = False,  # print what results.csv has, and train nothing
 ):
     "Train with every seed and add the results to results.csv, or print its table."
-    out, names = Path(out), dict(seeds=['experiment'], finder=['lr-find']).get(what, arms.split(','))
-    if unknown := {*names} - {*ARMS, 'experiment', 'lr-find'}: raise InputError(f'--arms: no {", ".join(unknown)}')
+    out, names = Path(out), arms.split(',') if what != 'seeds' else ['experiment']
+    if unknown := {*names} - {*ARMS, 'experiment'}: raise InputError(f'--arms: no {", ".join(unknown)}')
     if what == 'seeds' and every > 1: raise InputError('--every: `seeds` runs train_fastai.py, on all images')
     if table: print(tabulate(load_results(out), what))
     if add: add_row(out, read_run(Path(add), data))
     if table or add: return
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
         if what == 'ingredients': path = hold_out(path, Path(tmp)/'data')
 
         @functools.cache
-        def load(padding: str = 'reflect') -> DataLoaders: return get_dls(path, bs, every, make_tfms(padding))
+        def load(padding: str = 'reflect') -> DataLoaders:
+            other = {} if padding == 'reflect' else dict(padding_mode='constant', fill=MEAN_COLOUR)
+            return get_dls(path, bs, every, [PadCrop(4, **other), FlipLR(), Cutout(8)])
 
         @functools.cache
-        def find_rates(seed: int) -> dict: return run_finder(load(), seed, tmp)
+        def find_rates(seed: int) -> tuple[float, float]:  # of the default recipe, for all arms
+            with fast(get_learner(load(), seed=seed, path=tmp)) as learn: return find_lrs(learn)
 
-        for seed, name in itertools.product(map(int, seeds.split(',')), names):
-            key = dict(zip(KEY, (what, name, seed, 0 if what == 'finder' else epochs, bs, every), strict=True))
+        for seed, arm in itertools.product(map(int, seeds.split(',')), names):
+            key = dict(zip(KEY, (what, arm, seed, epochs, bs, every), strict=True))
             if (load_results(out)[KEY] == [*key.values()]).all(axis=1).any(): continue
             folder = out/'-'.join(map(str, key.values()))
+            folder.mkdir(parents=True, exist_ok=True)
             print(folder.name, flush=True)
-            if what == 'seeds': row = run_experiment(data, folder, seed=seed, epochs=epochs, bs=bs)
-            elif what == 'finder': row = find_rates(seed)
+            if what == 'seeds':
+                options = dict(out=folder, seed=seed, epochs=epochs, bs=bs) | (dict(data=data) if data else {})
+                if (folder/CHECKPOINT).exists(): options = dict(resume=folder)
+                if not (folder/'model.pth').exists(): train_fastai.main([f'--{k}={v}' for k, v in options.items()])
+                row = read_run(folder, data)
             else:
-                recipe = RECIPE | ARMS[name]
+                recipe = RECIPE | ARMS[arm]
                 row = train(load(recipe['padding']), recipe, seed, epochs, folder, find_rates)
                 shutil.rmtree(folder)  # a run of train_fastai.py is kept
             add_row(out, row | key)

@@ -4,11 +4,11 @@
     python experiments/speed.py                               # every row
     python experiments/speed.py --only batch                  # a plain step, and all that a fit does
     python experiments/speed.py --only batch --before ../old  # and what a fit does in another checkout of this project
-    OMP_NUM_THREADS=1 taskset -c 0 python experiments/speed.py    # on one thread
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python experiments/speed.py   # AVX2
+    OMP_NUM_THREADS=1 python experiments/speed.py             # on one thread; and, as if there were AVX2 alone:
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python experiments/speed.py
 
-In every round each row is measured once, in a process of its own. A ratio is the time of the plain step over that of the
-row in the same round: the median over the rounds, with the lowest and the highest.
+In every round each row is measured once, in a process of its own. A ratio is the time of the plain step over that of
+the row in the same round: the median over the rounds, with the lowest and the highest.
 """
 import os
 import sys
@@ -20,24 +20,23 @@ import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import contextlib
 import json
-import operator
 import pkgutil
 import re
 import subprocess
 import tempfile
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Annotated
 
 import torch
 from fastai.vision.all import *
 from fastcore.script import call_parse
-from torch.utils.flop_counter import FlopCounterMode
 
 from lab import speed
 from lab.sources import get_data
 from train_fastai import get_dls, get_learner
 
 WARM_UP = 3  # batches that are not counted: the first ones ask for memory and make oneDNN choose its kernels
+FIT, FIT_BEFORE = 'a batch of a fit in `fast`', 'the same, before'
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -87,19 +86,7 @@ def time_steps(dls: DataLoaders, n: int, precision: str = 'fp32', memory_format=
     return times
 
 
-def time_limit(dls: DataLoaders, n: int, precision: str) -> list[float]:
-    """As `time_steps`, but a step's arithmetic at the rate of large matrix products."""
-    x, size = dls.one_batch()[0].as_subclass(Tensor), 2048
-    a = torch.randn(size, size, device=x.device, dtype=DTYPES[precision])
-    with FlopCounterMode(display=False) as flops: Plain().to(x.device)(x).sum().backward()
-    times = []
-    for _ in range(n):
-        times.append(read_clock(x))
-        for _ in range(round(flops.get_total_flops() / (2 * size**3))): a @ a
-    return times
-
-
-def time_learner(dls: DataLoaders, n: int, precision: str) -> list[float]:
+def time_fit(dls: DataLoaders, n: int, precision: str) -> list[float]:
     """The times at which each of `n` or more batches of a fit in `fast` began; nothing is tested."""
     class Clock(Callback):
         order = -100  # before all others
@@ -114,23 +101,18 @@ def time_learner(dls: DataLoaders, n: int, precision: str) -> list[float]:
     return times
 
 
-def list_rows(precision: str, only: str | None = None) -> dict[str, Callable]:
+def list_rows(precision: str) -> dict[str, Callable]:
     """What measures each row, a function of loaders and the number of batches. A step has all changes above it."""
-    device = default_device()
-    cpu, amx = device.type == 'cpu', speed.cpu_capabilities().get('amx_bf16')
-    changes = {
-        'plain float32': {}, '+ channels-last': dict(memory_format=torch.channels_last),
-        f'+ {precision}': dict(precision=precision) if precision != 'fp32' else None,
-        '+ fused AdamW': dict(fused=True),
-        '+ small maps side by side': dict(conv='lab.speed:SideBySideConv2d') if cpu and amx else None,
-        '+ freed memory kept': dict(memory=speed.keep_freed_memory) if cpu else None}
-    changes = {name: o for name, o in changes.items() if o is not None}
-    steps = {name: partial(time_steps, **o) for name, o in
-             zip(changes, accumulate(changes.values(), operator.or_), strict=True)}
-    steps[f'limit: {precision} matrix products'] = partial(time_limit, precision=precision)
-    batches = dict.fromkeys(('a fit in fast', 'a fit before'), partial(time_learner, precision=precision))
-    plain = {'plain float32': steps['plain float32']}
-    return plain | dict(step=steps, batch=batches).get(only, steps | batches)
+    cpu, amx, rows, done = default_device().type == 'cpu', speed.cpu_capabilities().get('amx_bf16'), {}, {}
+    for name, applies, change in (
+            ('plain float32', True, {}),
+            ('+ channels-last', True, dict(memory_format=torch.channels_last)),
+            (f'+ {precision}', precision != 'fp32', dict(precision=precision)),
+            ('+ fused AdamW', True, dict(fused=True)),
+            ('+ small maps side by side', cpu and amx and precision == 'bf16', dict(conv='lab.speed:SideBySideConv2d')),
+            ('+ freed memory kept', cpu, dict(memory=speed.keep_freed_memory))):
+        if applies: rows[name] = partial(time_steps, **(done := done | change))
+    return rows | dict.fromkeys((FIT, FIT_BEFORE), partial(time_fit, precision=precision))
 
 
 def peak_memory() -> int | None:
@@ -141,7 +123,7 @@ def peak_memory() -> int | None:
 
 @call_parse
 def main(
-    only: Annotated[str, dict(choices=['step', 'batch'])] = None,  # some of the rows; all if left out
+    only: Annotated[str, dict(choices=['step', 'batch'])] = None,  # the steps, or a plain step beside a fit
     before: str = None,  # folder of another checkout, for one more row
     precision: Annotated[str, dict(choices=speed.PRECISIONS)] = 'auto',  # of the rows that are not float32
     rounds: int = 7,  # rounds of measurement
@@ -160,24 +142,23 @@ def main(
         print(json.dumps(dict(seconds=seconds, peak_mib=peak_memory())))
         return
     from lab.results import find_commit  # not there in earlier versions
-    names = [name for name in list_rows(precision, only) if before or name != 'a fit before']
-    found = []
+    *steps, _, _ = list_rows(precision)
+    names, found = steps[:1] if only == 'batch' else steps, []
+    if only != 'step': names += [FIT, FIT_BEFORE] if before else [FIT]
     for i, name in itertools.product(range(rounds), names):
         command = [sys.executable, __file__, f'--row={name}', f'--precision={precision}', f'--batches={batches}',
                    f'--bs={bs}', *([f'--data={data}'] if data else [])]
-        env = os.environ | dict(PYTHONPATH=str(before if name == 'a fit before' else ROOT))
+        env = os.environ | dict(PYTHONPATH=str(before if name == FIT_BEFORE else ROOT))
         printed = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
         found.append(dict(round=i, row=name) | json.loads(printed.splitlines()[-1]))
-    found = pd.DataFrame(found).pivot(index='round', columns='row')[['seconds', 'peak_mib']]
-    seconds, note = found.seconds[names], dict(
-        precision=precision, batch_size=bs, rounds=rounds, device=speed.device_name(default_device()),
-        torch=torch.__version__, commit=find_commit())
-    ratios = seconds.rdiv(seconds['plain float32'], axis=0)
-    if before: ratios['a fit before / a fit in fast'] = seconds['a fit before'] / seconds['a fit in fast']
-    table = pd.DataFrame(dict(ratio=ratios.median(), lowest=ratios.min(), highest=ratios.max()))
-    table = table.assign(peak_mib=found.peak_mib.median(), **note).rename_axis('row')
+    found = pd.DataFrame(found).pivot(index='round', columns='row')
+    ratios = found.seconds[names].rdiv(found.seconds[names[0]], axis=0)
+    if before: ratios['seconds before / in `fast`'] = found.seconds[FIT_BEFORE] / found.seconds[FIT]
+    table = pd.DataFrame(dict(ratio=ratios.median(), lowest=ratios.min(), highest=ratios.max())).rename_axis('row')
+    table = table.assign(
+        peak_mib=found.peak_mib.median(), precision=precision, batch_size=bs, rounds=rounds,
+        device=speed.device_name(default_device()), torch=torch.__version__, commit=find_commit())
     print('| row | ratio | lowest to highest |\n|---|--:|--:|')
     for o in table.itertuples(): print(f'| {o.Index} | {o.ratio:.2f} | {o.lowest:.2f} to {o.highest:.2f} |')
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, float_format='%.4g')
-    print(f'\n{note}')
