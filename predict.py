@@ -46,7 +46,8 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     try:
         m = json.loads((run/'metrics.json').read_bytes())
         classes, precision, o = [str(c) for c in m['classes']], m['precision'], m['options']
-        recipe, bs, every = {k: o[k] for k in ('wd', 'label_smoothing', 'ema', 'seed')}, o['bs'], 10 if o['quick'] else 1
+        recipe, bs = {k: o[k] for k in ('wd', 'label_smoothing', 'ema', 'seed')}, o['bs']
+        every = 10 if o['quick'] and o['data'] else 1  # the sample is a tenth already
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
     weights = load_state(run/'model.pth')
@@ -57,8 +58,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
         name = type(model).__name__ if model else 'ResNet'
         raise InputError(f'{run/"model.pth"} does not hold the weights of {name}; load_run(…, model=…) takes another '
                          'network') from e
-    if data is None: dls = get_empty_dls(classes)
-    else: dls = get_dls(get_data(data), bs=bs, every=every if o['data'] else 1, resize=True)
+    dls = get_empty_dls(classes) if data is None else get_dls(get_data(data), bs=bs, every=every, resize=True)
     if list(dls.vocab) != classes: raise InputError(f'{data} has other classes than {run}: {", ".join(dls.vocab)}')
     exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
     return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run/'learner', **recipe)

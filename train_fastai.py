@@ -45,8 +45,8 @@ class PadCrop(Augmentation):
 
     def augment(self, x: Tensor) -> Tensor:
         (n, _, h, w), high = x.shape, 2*self.pad + 1
-        padded = TF.pad(x, self.pad, self.fill, self.padding_mode)
-        return self.sliding_windows(padded, h, w)[torch.arange(n, device=x.device), self.draw(high, x), self.draw(high, x)]
+        windows = self.sliding_windows(TF.pad(x, self.pad, self.fill, self.padding_mode), h, w)
+        return windows[torch.arange(n, device=x.device), self.draw(high, x), self.draw(high, x)]
 
 
 class FlipLR(Augmentation):
@@ -73,21 +73,23 @@ class Cutout(Augmentation):
 
 
 def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | None = None,
-            batch_tfms: list | None = None, resize: bool = False, num_workers: int = 0,
-            device: str | torch.device | None = None) -> DataLoaders:
+            batch_tfms: list | None = None, resize: bool = False, valid_pct: float | None = None,
+            num_workers: int = 0, device: str | torch.device | None = None) -> DataLoaders:
     """`DataLoaders` of the data folder `path` (see `image_files`), built by a `DataBlock`.
 
     Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
     (bs,). Training images are shuffled and augmented by `item_tfms` and `batch_tfms`, and the last partial batch is
     dropped. Of each class one image in `every` is used. All images are decoded once, into the memory of `device`, and
     each `Augmentation` works on whole batches; `resize` takes the centre square of images of other sizes. With any
-    other item transform, or with `num_workers`, images are read and augmented one by one. Raises `InputError`.
+    other item transform, or with `num_workers`, images are read and augmented one by one. Without folders for the two
+    sets, `valid_pct` of every class become test images. Raises `InputError`.
     """
-    files = image_files(path, every)
+    files = image_files(path, every, split=valid_pct is None)
     if item_tfms is None: item_tfms = [PadCrop(4), FlipLR(), Cutout(8)]
     images = decode_images(files, resize) if all(isinstance(tfm, Augmentation) for tfm in item_tfms) else None
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,
-                      splitter=FuncSplitter(lambda file: file.parent.parent.name != 'train'),
+                      splitter=FuncSplitter(lambda file: file.parent.parent.name != 'train') if valid_pct is None else
+                      TrainTestSplitter(valid_pct, random_state=42, stratify=[file.parent.name for file in files]),
                       item_tfms=[CenterResize(), *item_tfms], dl_type=BatchDL,
                       batch_tfms=[*(batch_tfms or []), Normalize.from_stats(*cifar_stats)])
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers, device=device)
@@ -146,9 +148,10 @@ def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
 def experiment(run: Run):
     """Data → learner → learning rates → one cycle → results, everything in the run's folder."""
     print('Reading the images …', flush=True)
-    dls = get_dls(**run.find_images())
+    arguments, o = run.find_images(), run.options
+    if o.plain: arguments['item_tfms'] = [PadCrop(4, 'constant', MEAN_COLOUR), FlipLR(), Cutout(8)]
+    dls = get_dls(**arguments)
     run.claim_folder(dls)
-    o = run.options
     learn = get_learner(dls, wd=o.wd, label_smoothing=o.label_smoothing, ema=o.ema, precision=run.precision,
                         seed=o.seed, path=run.folder/'learner')
     learn.metrics = [accuracy, ValueMetric(learn.history.train_accuracy)]
@@ -158,8 +161,9 @@ def experiment(run: Run):
         if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
         else:
             print('Finding the learning rates …', flush=True)
+            start = time.perf_counter()
             lr_min, lr_max = on_first(find_lrs, learn)
-            save_finder(run, learn, lr_min, lr_max)
+            save_finder(run, learn, lr_min, lr_max, time.perf_counter() - start)
         print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
         # fastai's div and div_final both divide LRMAX; with div_final=1 the rate would stay at LRMAX for 19 epochs.
@@ -186,6 +190,7 @@ class Options:
     label_smoothing: Annotated[float, 'label smoothing (training loss only)'] = 0.1
     ema: Annotated[float, 'decay of the moving average of the weights, which is tested and saved; 0 for none'] = 0.99
     precision: Annotated[str, 'auto picks the fastest the hardware supports', dict(choices=PRECISIONS)] = 'auto'
+    plain: Annotated[bool, "the assignment's letter: padding with zeros, wd 0.01, no smoothing, no average"] = False
     resize: Annotated[bool, 'take the centre square of images that are not 32×32'] = False
     quick: Annotated[bool, 'a quick look: a tenth of the images, at most 4 epochs, batches of at most 64'] = False
     resume: Annotated[str, 'folder of an interrupted run to resume, under its own options'] = None

@@ -9,6 +9,7 @@
     runs        the folder of a run: options, lock, atomic writes, checkpoint, resume
     evaluate    predictions, confusion matrix, scores of the classes, misclassified images
     figures     one function per figure
+    gradcam     where the network looked
     report      a run as one page of Markdown (report.md)
     page        every misclassified image on one page of HTML (page.html)
     results     what a run writes beside its checkpoint

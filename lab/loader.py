@@ -22,41 +22,37 @@ def show_progress() -> bool:
     return IN_NOTEBOOK or bool(sys.stdout and sys.stdout.isatty())
 
 
-def list_images(path: Path, folders: Sequence[str] = (), recurse: bool = True) -> L:
+def list_images(path: Path, folders: Sequence[str] = ()) -> L:
     """All images in `path`, or in these `folders` of it, sorted; one line on stderr counts the files left out."""
-    files = get_files(path, folders=folders, recurse=recurse).sorted()  # a directory's order differs between machines
-    images = files.filter(lambda f: f.suffix.lower() in EXTENSIONS)
-    if others := files.filter(lambda f: f.suffix.lower() not in EXTENSIONS):
-        print(f'{path}: {len(others)} of {len(files):,} files have no extension of an image and are left out, as '
-              f'{others[0].relative_to(path)}', file=sys.stderr)
-    return images
+    files = get_files(path, folders=folders).sorted()  # a directory's order differs between machines
+    others = files.filter(lambda f: f.suffix.lower() not in EXTENSIONS)
+    if others: print(f'{path}: {len(others)} of {len(files):,} files have no extension of an image and are left out, '
+                     f'as {others[0].relative_to(path)}', file=sys.stderr)
+    return files.filter(lambda f: f.suffix.lower() in EXTENSIONS)
 
 
-def image_files(path: str | Path, every: int = 1) -> L:
+def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted; of each class one in `every`.
 
-    Where there is no `test`, the folder may be called `valid` or `val`. Raises `InputError` for any other layout.
+    Where there is no `test`, the folder may be called `valid` or `val`. Without `split` they are `path/<class>/*`.
+    Raises `InputError` for any other layout.
     """
     path = Path(path)
-    if not os.path.exists(path): raise InputError(f'data folder {path} does not exist')
-    if not path.is_dir(): raise InputError(f'{path} is a file, not a data folder')
+    if not path.is_dir(): raise InputError(f'data folder {path} {"is a file" if path.exists() else "does not exist"}')
+    if not split: return L(o[::every] for o in groupby(list_images(path), lambda f: f.parent).values()).concat()
     test = first(name for name in TEST_FOLDERS if (path/name).is_dir())
     if not test or not (path/'train').is_dir():
         raise InputError(f'data folder {path} has no folder "{"train" if test else "test"}"; images belong in '
-                         'train/<class>/ and test/<class>/ (or valid/, val/)')
+                         'train/<class>/ and test/<class>/ (or valid/, val/); get_dls(path, valid_pct=0.2) takes '
+                         '<class>/ alone')
     files = list_images(path, ['train', test])
     if stray := first(f for f in files if f.parent.parent.parent != path):
         raise InputError(f'{stray} is not where an image belongs: <split>/<class>/<image>')
     by_folder = groupby(files, lambda f: f.parent)
-    classes = {split: {o.name for o in (path/split).iterdir() if o.is_dir() and not o.name.startswith('.')}
-               for split in ('train', test)}
-    for split, other in (('train', test), (test, 'train')):
-        for name in sorted(classes[split]):
-            if name not in classes[other]:
-                raise InputError(f'class "{name}" is in {path/split} but not in {path/other}')
-            if path/split/name not in by_folder:
-                raise InputError(f'class folder {path/split/name} holds no images that can be read')
-    if len(classes['train']) < 2: raise InputError(f'{path/"train"} has fewer than two class folders with images')
+    classes = {o.name for split in ('train', test) for o in (path/split).iterdir() if o.is_dir() and o.name[0] != '.'}
+    for folder in (path/split/name for split in ('train', test) for name in sorted(classes)):
+        if folder not in by_folder: raise InputError(f'class folder {folder} holds no images that can be read')
+    if len(classes) < 2: raise InputError(f'{path/"train"} has fewer than two class folders with images')
     if test != 'test': print(f'The test images are those in {path/test}.', flush=True)
     return L(o[::every] for o in by_folder.values()).concat()
 
@@ -126,11 +122,6 @@ class Augmentation(DisplayedTransform):
         return x.permute(0, 2, 3, 1).unfold(1, h, 1).unfold(2, w, 1)
 
 
-def source_of(dataset) -> list:
-    """What decides about the images of a data set of fastai: its items and the transforms that open them."""
-    return [list(dataset.items), *(list(tl.tfms.fs) for tl in dataset.tls)]
-
-
 class BatchDL(TfmdDL):
     """A `TfmdDL` that makes whole batches of the decoded images in `dataset.images`.
 
@@ -143,9 +134,8 @@ class BatchDL(TfmdDL):
     def makes_whole_batches(self) -> bool:
         """Asked at every pass, since transforms and items may change at any time."""
         own = {'create_item', 'create_batch', 'do_item', 'do_batch', 'retain'} & vars(self).keys()
-        return ('images' in vars(self.dataset) and not own and not self.before_batch.fs and not self.fake_l.num_workers
-                and all(isinstance(tfm, Augmentation | ToTensor | CenterResize) for tfm in self.after_item.fs)
-                and source_of(self.dataset) == self.dataset.source)
+        return (is_cached(self.dataset) and not own and not self.before_batch.fs and not self.fake_l.num_workers
+                and all(isinstance(tfm, Augmentation | ToTensor | CenterResize) for tfm in self.after_item.fs))
 
     def create_batches(self, samps):
         if not self.makes_whole_batches:
@@ -163,24 +153,31 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
 
     With `resize`, images of another size become 32×32 by their centre square. Raises `InputError`.
     """
-    images = torch.empty(len(files), SIZE, SIZE, 3, dtype=torch.uint8)
-
-    def decode(start: int):
-        for i, file in enumerate(files[start:start + CHUNK], start):
-            image = fit_size(open_image(file)) if resize else open_image(file)
-            if image.size != (SIZE, SIZE):
-                raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes '
-                                 'the centre square of every image')
-            images[i] = torch.from_numpy(np.array(image))
+    def decode(file: Path) -> ndarray:
+        image = fit_size(open_image(file)) if resize else open_image(file)
+        if image.size == (SIZE, SIZE): return np.array(image)
+        raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre '
+                         'square of every image')
 
     # Threads, since Pillow lets others run, and worker processes need shared memory and a guarded script.
     with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:
+        chunks = pool.map(lambda chunk: np.stack([decode(f) for f in chunk]), list(chunked(files, CHUNK)))
         try:
-            starts = range(0, len(files), CHUNK)
-            done, bar = pool.map(decode, starts), show_progress() and len(starts) > 4  # else it is over in no time
-            for _ in progress_bar(done, total=len(starts), leave=False) if bar else done: pass
+            if show_progress() and len(files) > 4 * CHUNK:  # else it is over in no time
+                chunks = progress_bar(chunks, total=-(-len(files) // CHUNK), leave=False)
+            none = np.empty((0, SIZE, SIZE, 3), np.uint8)
+            return torch.from_numpy(np.concatenate([none, *chunks])).permute(0, 3, 1, 2)
         finally: pool.shutdown(cancel_futures=True)
-    return images.permute(0, 3, 1, 2)
+
+
+def source_of(dataset) -> list:
+    """What decides about the images of a data set of fastai: its items and the transforms that open them."""
+    return [list(dataset.items), *(list(tl.tfms.fs) for tl in dataset.tls)]
+
+
+def is_cached(dataset) -> bool:
+    """Whether the decoded images of a data set are there, and are still those of its items."""
+    return 'images' in vars(dataset) and source_of(dataset) == dataset.source
 
 
 def cache_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> DataLoaders:
@@ -197,7 +194,7 @@ def cache_images(dls: DataLoaders, files: Sequence[Path], images: Tensor) -> Dat
 
 def get_images(dataset, places: Sequence[int]) -> Tensor:
     """The images of a data set at `places`, (n, 3, 32, 32) uint8 on the CPU, decoded before or now."""
-    if 'images' in vars(dataset) and source_of(dataset) == dataset.source: return dataset.images[list(places)].cpu()
+    if is_cached(dataset): return dataset.images[list(places)].cpu()
     return decode_images([dataset.items[i] for i in places], resize=True)
 
 

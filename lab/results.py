@@ -12,10 +12,11 @@ from sklearn.metrics import confusion_matrix
 
 from lab import figures
 from lab.evaluate import get_log_probs, list_confusions, list_misclassified, per_class_scores
+from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.page import write_page
 from lab.report import percent, write_report
-from lab.runs import Run, atomic_write, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, forecast, nonfatal, save_csv, save_state
 from lab.speed import device_name, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -87,9 +88,14 @@ def describe(run: Run, learn: Learner):
     log_plainly(learn)
 
 
-def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float):
-    """Write the finder's curve, as a table and as a figure that marks the two rates used."""
+def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds: float):
+    """Write the finder's curve, as a table and as a figure that marks the two rates used, and what a fit will take.
+
+    `seconds` are those that the finder took; forward passes alone, as in a test, take about a third.
+    """
     if rank_distrib(): return
+    batches = len(learn.dls.train) + len(learn.dls.valid) / 3
+    forecast(run.options.epochs, run.options.epochs * batches * seconds / len(learn.recorder.lrs))
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
@@ -146,10 +152,16 @@ def save_results(run: Run, learn: Learner):
     save_figure(run, 'top_losses.png', figures.draw_top_losses, learn, losses)
     charts = {'Learning-rate finder': 'lr_find.png', 'Loss and accuracy': 'history.png', 'Schedule': 'schedule.png'}
     with nonfatal(out/'errors.html'):
+        x, = dls.valid.after_batch((TensorImage(images.to(next(learn.model.parameters()).device)),))
+        pairs = torch.stack([predicted, targets], 1)[wrong.index].to(x.device)
         page = write_page(metrics, wrong, classes, images, {
-            title: (out/file).read_bytes() for title, file in charts.items() if (out/file).exists()})
+            title: (out/file).read_bytes() for title, file in charts.items() if (out/file).exists()},
+            grad_cam(unwrap(learn.model), x.as_subclass(Tensor), pairs))
         atomic_write(out/'errors.html', page.encode(errors='backslashreplace'))
     save_state(out/'model.pth', unwrap(learn.model).state_dict())  # last: a folder that has it is a finished run
+    (out/CHECKPOINT).unlink(missing_ok=True)
+    for folder in (out/'learner'/'models', out/'learner'):  # `lr_find` makes them
+        with contextlib.suppress(OSError): folder.rmdir()  # not if a callback has saved something
     print(f'Training accuracy {percent(metrics["train_accuracy"], 2)}, test accuracy '
           f'{percent(metrics["test_accuracy"], 2)}, first epoch over 90 %: {metrics["first_epoch_over_90"] or "none"}\n'
           f'Results: {out}')

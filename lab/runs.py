@@ -20,6 +20,7 @@ from lab.sources import NetworkError, get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
+PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # of NFS and FUSE
 
@@ -61,12 +62,8 @@ def save_state(file: Path, state: dict):
 
 
 def load_state(file: Path) -> dict:
-    """Load what `torch.save` wrote to `file`, tensors and plain values only: no code from the file is run.
-
-    Raises `InputError` for a file that is missing, damaged or holds anything else.
-    """
+    """What `torch.save` wrote to `file`; no code from the file is run. Raises `InputError`, also for other contents."""
     try: return torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError as e: raise InputError(f'{file} does not exist') from e
     except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
     except pickle.UnpicklingError as e:
         raise InputError(f'{file} holds more than weights and plain values; it was not opened') from e
@@ -90,7 +87,7 @@ def get_state(cb: Callback) -> dict:
     state = {}
     for k, v in vars(cb).items():
         with contextlib.suppress(TypeError): state[k] = plain(v)
-    return {k: v for k, v in state.items() if k != 'learn'}
+    return state
 
 
 def set_state(cb: Callback, state: dict):
@@ -99,17 +96,26 @@ def set_state(cb: Callback, state: dict):
     else: vars(cb).update({k: L(v) if isinstance(vars(cb).get(k), L) else v for k, v in state.items()})
 
 
+def forecast(epochs: int, seconds: float):
+    """Say what `epochs` will take."""
+    minutes = round(seconds / 60)
+    about = f'{seconds:.0f} s' if seconds < 100 else f'{minutes} min' if minutes < 100 else f'{minutes / 60:.1f} h'
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
+
+
 class Checkpoint(Callback):
     """Saves a run to `folder` before the first epoch of a fit and after every epoch, or resumes it from `state`.
 
     Stored are `header`, weights, gradients that an accumulation left, the optimizer, and every callback's state.
     Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. `seconds` returns how long the run
     has taken. A resumed run skips what was done, a fit or epochs of it, and no other callback hears of that.
+    With `tell` it says after an epoch what the others will take.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, folder: Path, header: dict, state: dict | None, seconds: Callable):
-        self.folder, self.header, self.state, self.seconds, self.fits, self.skip = folder, header, state, seconds, 0, 0
+    def __init__(self, folder: Path, header: dict, state: dict, seconds: Callable, tell: bool = False):
+        self.folder, self.header, self.state, self.seconds, self.tell = folder, header, state, seconds, tell
+        self.fits = self.skip = 0
 
     def __call__(self, event_name: str):
         if not hasattr(self.learn, 'gather_preds'): super().__call__(event_name)
@@ -130,7 +136,11 @@ class Checkpoint(Callback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        if self.epoch + 1 > self.skip: self.save(self.epoch + 1)
+        left = self.n_epoch - self.epoch - 1
+        if self.epoch + 1 > self.skip:
+            self.save(self.epoch + 1)
+            if self.tell and left: forecast(left, left * self.history.rows[-1]['seconds'])
+            self.tell = False
         elif self.epoch + 1 == self.skip:
             for cb, run in self.running: vars(cb)['run'] = run
 
@@ -171,12 +181,12 @@ def check_lr_end(lr_end: float | None, lr_max: float):
 
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
-    inf = float('inf')
+    inf, lrs = float('inf'), (o.lr_min, o.lr_max)
     for name, ok, rule in (
-            ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'), ('bs', o.bs >= 1, 'at least 1'),
-            ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
-            ('lr_min', (o.lr_min is None) == (o.lr_max is None), 'given together with --lr-max'),
-            ('lr_min', None in (o.lr_min, o.lr_max) or 0 < o.lr_min < o.lr_max < inf, f'between 0 and --lr-max {o.lr_max}'),
+            ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'),
+            ('bs', o.bs >= 1, 'at least 1'), ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
+            ('lr_min', lrs.count(None) != 1, 'given together with --lr-max'),
+            ('lr_min', None in lrs or 0 < o.lr_min < o.lr_max < inf, f'between 0 and --lr-max {o.lr_max}'),
             ('lr_end', o.lr_end is None or 0 < o.lr_end < inf, 'a positive number'),
             ('wd', 0 <= o.wd < inf, 'at least 0 and finite'),
             ('label_smoothing', 0 <= o.label_smoothing < 1, 'at least 0 and less than 1'),
@@ -208,6 +218,9 @@ class Run:
         if options.resume is None:
             check_options(options)
             self.check_free()
+            if options.plain:
+                if more := (given or set()) & {*PLAIN}: raise InputError(f'--{min(more)} is what --plain sets itself')
+                options = dataclasses.replace(options, **PLAIN)
             self.options = limit_to_quick_look(options) if options.quick else options
         else:
             if more := (given or set()) - {'data', 'resume'}:
@@ -225,7 +238,7 @@ class Run:
     def load(self, options):
         """Take the options and the state from the run's checkpoint. Raises `InputError`."""
         resume, names = f'--resume {self.folder}', {f.name for f in dataclasses.fields(options)}
-        if (self.folder/'model.pth').exists(): raise InputError(f'{resume}: this run is finished, nothing is left to do')
+        if (self.folder/'model.pth').exists(): raise InputError(f'{resume}: this run is finished')
         try: self.state = load_state(self.folder/CHECKPOINT)
         except InputError as e: raise InputError(f'{resume}: {e}; start a run without --resume') from e
         if not isinstance(self.state, dict) or {*self.state.get('options', ())} != names or 'fits' not in self.state:
@@ -250,7 +263,7 @@ class Run:
     def check_free(self):
         """Raise `InputError` if the folder cannot take a new run."""
         if self.folder.is_file(): raise InputError(f'--out {self.folder} is a file, not a folder')
-        if any((self.folder/name).exists() for name in (CHECKPOINT, 'metrics.json', 'model.pth')) and not rank_distrib():
+        if not rank_distrib() and any((self.folder/o).exists() for o in (CHECKPOINT, 'metrics.json', 'model.pth')):
             resume = '' if (self.folder/'model.pth').exists() else f', or {self.resume_command}'
             raise InputError(f'--out {self.folder} already holds a run; choose another folder{resume}')
 
@@ -297,11 +310,11 @@ class Run:
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, which uses these learning rates. Raises `InputError`."""
-        self.lrs = lr_min, lr_max
+        tell, self.lrs = self.lrs is not None, (lr_min, lr_max)  # else the finder has told it
         check_lr_end(self.options.lr_end, lr_max)
         header = dict(lr_min=lr_min, lr_max=lr_max, precision=self.precision, fingerprint=self.fingerprint,
                       options=vars(self.options) | dict(resume=None))
-        return Checkpoint(self.folder, header, self.state, self.seconds)
+        return Checkpoint(self.folder, header, self.state, self.seconds, tell)
 
     def seconds(self) -> float:
         """How long the run has taken, interruptions left out."""

@@ -122,7 +122,7 @@ def fast_layout(learn: Learner):
     if memory_format is None or device.type not in ('cpu', 'cuda'):
         yield
         return
-    amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and cpu_capabilities().get('amx_bf16')
+    amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and torch.cpu.get_capabilities().get('amx_bf16')
     convs = [m for m in model.modules() if is_plain_3x3(m)] if amx else []
     plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose another layout
     hook = model.register_state_dict_post_hook(make_contiguous)
@@ -157,7 +157,7 @@ def keep_freed_memory():
 
 
 class Guard(Callback):
-    """Does in `fast` what fastai leaves undone: after an error or Ctrl-C, and for the layout of a loaded optimizer."""
+    """Does in `fast` what fastai leaves undone after an error or Ctrl-C, and guards other wrapped optimizers."""
     finder = None
 
     def before_fit(self): self.finder = getattr(self.learn, 'lr_finder', None)
@@ -169,9 +169,7 @@ class Guard(Callback):
         self.finder = None
         if hasattr(self.learn, 'recorder'): self.recorder.losses = [o.cpu() for o in self.recorder.losses]
 
-    def clean_up(self):
-        """Leave autocast, drop gradients, undo an `lr_find` (docs/findings/autocast_after_interrupt.sh and
-        interrupted_lr_find.sh)."""
+    def clean_up(self):  # docs/findings/autocast_after_interrupt.sh, interrupted_lr_find.sh
         autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
         if autocast and torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
         if self.opt: self.opt.zero_grad()
@@ -207,9 +205,6 @@ def fast(learn: Learner):
             raise
 
 
-def cpu_capabilities() -> dict: return getattr(torch.cpu, 'get_capabilities', dict)()  # earlier versions have none
-
-
 def resolve_precision(precision: str, device: torch.device) -> str:
     """`precision`, with 'auto' resolved for `device`: 'bf16' if the hardware supports it natively, 'fp16' on older CUDA
     GPUs, else 'fp32'. Raises `InputError` for one that does not exist there."""
@@ -218,15 +213,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise InputError(f'--precision {precision} does not work on "{device.type}"; use auto')
     if precision != 'auto': return precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
-    native = cpu_capabilities().get('amx_bf16') or cpu_capabilities().get('avx512_bf16')
+    native = torch.cpu.get_capabilities().get('amx_bf16') or torch.cpu.get_capabilities().get('avx512_bf16')
     allowed = device.type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # ONEDNN_MAX_CPU_ISA may forbid it
     return 'bf16' if native and allowed else 'fp32'
 
 
 def device_name(device: torch.device) -> str:
     """The processor in words."""
-    several = f'{num_distrib()} × ' if num_distrib() > 1 else ''
+    several, threads = f'{num_distrib()} × ' if num_distrib() > 1 else '', torch.get_num_threads()
     if device.type == 'cuda': return several + torch.cuda.get_device_name(device)
-    name = cpu_capabilities().get('cpu_name') or platform.machine()
-    threads = torch.get_num_threads()
+    name = torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
     return f'{several}{device.type}, {name}, {threads} thread{"s" * (threads > 1)}'

@@ -12,8 +12,9 @@ from fastai.vision.all import Callback, MixedPrecision
 from PIL import Image
 
 from arch import ResNet
+from lab import results
 from lab.sources import get_sample
-from train_fastai import get_dls
+from train_fastai import get_dls, main
 
 matplotlib.use('Agg')
 os.environ['MPLBACKEND'] = 'Agg'  # for the programs that tests start
@@ -60,6 +61,15 @@ def _narrow():
         yield
 
 
+def args(*given, **options) -> list[str]:
+    """The arguments of a `main`: those given, then options, as `bs=8, quick=True` for `--bs 8 --quick`."""
+    for name, value in options.items(): given += f'--{name.replace("_", "-")}', *(() if value is True else (value,))
+    return [*map(str, given)]
+
+
+SIX_EPOCHS = dict(epochs=6, bs=8, lr_min=LR_MIN, lr_max=LR_MAX)
+
+
 class Interrupt(Callback):
     """Interrupts in the third training batch, between forward pass and loss."""
     order = MixedPrecision.order - 1
@@ -81,6 +91,20 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dls(folder): return get_dls(folder, bs=8)
+
+
+@pytest.fixture(scope='session')
+def run(folder, tmp_path_factory) -> Path:
+    """The folder of a finished run of `SIX_EPOCHS` on the images of `folder`. Not to be changed."""
+    out = tmp_path_factory.mktemp('runs')/'whole'
+    main(args(data=folder, out=out, **SIX_EPOCHS))
+    return out
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """In this test runs draw no figures, which takes longer than to train them."""
+    monkeypatch.setattr(results, 'save_figure', lambda *_: None)
 
 
 @pytest.fixture
@@ -106,27 +130,17 @@ def sample() -> Path:
     return get_sample()
 
 
-def end(capsys, code, call, *args, **options) -> str:
-    """What `call`, which ends the program with the exit code `code`, writes to stderr."""
+def end(capsys, code: int, main, *given, **options) -> str:
+    """What `main`, which ends with the exit code `code` when it is called with these `args`, writes to stderr."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as e: call(*args, **options)
+    with pytest.raises(SystemExit) as e: main(args(*given, **options))
     err = capsys.readouterr().err
     assert e.value.code == code, err
     return err
 
 
-def ends(capsys, code, call, *args, **options) -> str:
-    """The one line on stderr with which `call` ends the program, after its name."""
-    err = end(capsys, code, call, *args, **options)
+def ends(capsys, code: int, main, *given, **options) -> str:
+    """The one line on stderr with which `main` ends, after the program's name."""
+    err = end(capsys, code, main, *given, **options)
     assert err.count('\n') == 1, err
     return err.partition('.py: ')[2]
-
-
-def ends_unforeseen(capsys, error, call, *args, **options) -> str:
-    """The last line on stderr with which an unforeseen `error` ends the program; its traceback precedes it."""
-    *traceback, line = end(capsys, 1, call, *args, **options).splitlines()
-    assert traceback[0] == 'Traceback (most recent call last):'
-    shown = f'{type(error).__name__}: {error}'
-    assert '\n'.join(traceback).endswith(f'\n{shown}')
-    assert line.startswith(f'train_fastai.py: error: {" ".join(shown.split())}')
-    return line.partition('.py: ')[2]

@@ -7,10 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lab import errors
-
-if __name__ == '__main__': errors.end_quietly_while_importing('train_fastai.py')
-
 from arch import ResNet
 
 ResNet.__init__ = partialmethod(ResNet.__init__, width=8)
