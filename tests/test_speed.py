@@ -69,9 +69,9 @@ def test_fast_trains_the_same_and_leaves_it_plain(dls, tmp_path, monkeypatch, pr
     stock, ours = learners
     ours.model.load_state_dict(stock.model.state_dict())
     start = weights(stock)
-    fit(stock, 1)
+    stock.fit(1, 1e-3)
     with fast(ours):
-        fit(ours, 1, cbs=(look := Look()))
+        ours.fit(1, 1e-3, cbs=(look := Look()))
         predicted = ours.get_preds()[0]
     assert_plain(ours)
     assert (look.classes, look.layouts) == (classes, {True})
@@ -167,6 +167,12 @@ def test_a_step_by_hand_after_fast_is_the_right_one(dls, tmp_path):
     assert equal(*ends)
 
 
+class SeeConv(Callback):
+    """Notes what becomes of the convolution of `Views`."""
+    def before_fit(self): self.found = []
+    def after_step(self): self.found.append((type(self.model.conv), self.model.conv.weight.is_contiguous()))
+
+
 class Views(nn.Module):
     def __init__(self):
         super().__init__()
@@ -177,17 +183,12 @@ class Views(nn.Module):
 def test_fast_leaves_layouts_alone_that_are_not_its_own(dls, tmp_path, monkeypatch):
     set_amx(monkeypatch, True)
     learn = make(dls, Views(), precision='bf16', path=tmp_path)
-    with fast(learn): fit(learn, 1, cbs=(seen := Interfere()))
+    with fast(learn): fit(learn, 1, cbs=(seen := SeeConv()))
     assert seen.found == [(nn.Conv2d, True)] * 3
     learn = make(dls, path=tmp_path)
     learn.model.to(memory_format=torch.channels_last)
     with fast(learn): fit(learn, 1)
     assert learn.model.layer2[0].weight.is_contiguous(memory_format=torch.channels_last), 'what somebody chose'
-
-
-class Interfere(Callback):
-    def before_fit(self): self.found = []
-    def after_step(self): self.found.append((type(self.model.conv), self.model.conv.weight.is_contiguous()))
 
 
 def test_fast_twice_within_itself_and_around_a_bare_learner(dls, tmp_path):
