@@ -1,110 +1,71 @@
 #!/usr/bin/env python
-"""Repeat the experiment: under several seeds, or with one thing changed and all else equal.
+"""Repeat the experiment under several seeds, or with one thing changed and all else equal.
 
-    python -m experiments.repeat seeds --seeds 42,43                 # train_fastai.py as it is
-    python -m experiments.repeat finder --seeds 42,43                # its learning-rate finder alone
-    python -m experiments.repeat finder-length --seeds 42,43         # the finder with other batches
-    python -m experiments.repeat schedule --seeds 42,43 --epochs 8   # three ends of the one cycle, on the test set
-    python -m experiments.repeat ingredients --seeds 42,43           # recipes, on a held-out tenth of the training set
-    python -m experiments.repeat test --seeds 42 --arms plain        # the same, trained on all of it, on the test set
+    python -m experiments.repeat seeds --seeds 42,43              # train_fastai.py as it is
+    python -m experiments.repeat seeds --add runs/X               # a finished run of train_fastai.py as a row
+    python -m experiments.repeat ingredients --arms wd-0.2        # recipes, on a held-out tenth of the training images
+    python -m experiments.repeat test --arms default              # the same, trained on all of them, on the test set
+    python -m experiments.repeat seeds --table --out experiments  # the table of the published runs
 
-Every finished run adds its rows to `results.csv` in the folder `--out`: one for the weights of the last step (`ema` 0)
-and one for each moving average that was kept. A run that is in the file is not repeated, an interrupted run continues
-from its last whole epoch, and several processes may work on the same table. `page.py` makes the tables and figures.
-
-No decision is based on the test set: `ingredients` does not see it, `schedule` compares readings of the assignment, and
-`test` only reports.
+Every finished run adds a row to `results.csv` in the folder --out. A run that has a row is not repeated, and an
+interrupted one continues from its last whole epoch. No decision is based on the test set: `ingredients` never sees it.
 """
-import lab.errors  # isort: skip  # noqa: F401, before fastai, whose import warning it silences
+import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
-import contextlib
 import functools
-import io
 import json
-import shutil
 from typing import Annotated
 
 import fastai
 from fastai.vision.all import *
 from fastcore.script import call_parse
-from filelock import FileLock, Timeout
 
-from callbacks import MovingAverage, SeedEpochs
-from lab import finder
+import train_fastai
+from lab.errors import InputError, one_line_errors
 from lab.evaluate import get_log_probs
-from lab.learner import fused_adam, replaced
-from lab.runs import Checkpoint, is_finished, load_state, write_whole
+from lab.loader import get_images
+from lab.optim import FusedAdam
+from lab.results import TARGET, find_commit
+from lab.runs import CHECKPOINT, Checkpoint, load_state
 from lab.sources import get_data
-from lab.speed import device_name, resolve_precision
+from lab.speed import device_name, fast, resolve_precision
 from predict import load_run
 from train_fastai import MEAN_COLOUR, PCT_START, Cutout, FlipLR, Options, PadCrop, find_lrs, get_dls, get_learner
-from train_fastai import main as train_fastai
 
-# What an arm can change. `div_final` is fastai's; without one the cycle ends at LRMIN.
-RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, padding='reflect', flips='independent',
-              eps=1e-5, lr_max_factor=1., div_final=None)
-HALF, QUARTER = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4)
-HALF_WD, ALTERNATING = HALF | dict(wd=0.2), dict(flips='alternating')
-PLAIN = dict(wd=0.01, label_smoothing=0., padding='mean-colour')
-ARMS = dict(
-    seeds={'experiment': {}, 'lr-max-quarter': QUARTER | dict(ema=0.995)},
-    finder={'lr-find': {}},
-    ingredients={
-        'default': {}, 'wd-0.05': dict(wd=0.05), 'wd-0.2': dict(wd=0.2), 'wd-0.4': dict(wd=0.4),
-        'smoothing-0': dict(label_smoothing=0.), 'smoothing-0.2': dict(label_smoothing=0.2),
-        'pad-mean-colour': dict(padding='mean-colour'), 'eps-1e-8': dict(eps=1e-8),
-        'lr-max-double': dict(lr_max_factor=2.),
-        'alternating-flips': ALTERNATING, 'alternating-flips-smoothing-0.2': ALTERNATING | dict(label_smoothing=0.2),
-        'lr-max-half': HALF, 'lr-max-half-wd-0.2': HALF_WD, 'lr-max-half-wd-0.4': HALF | dict(wd=0.4),
-        'lr-max-half-wd-0.2-smoothing-0.2': HALF_WD | dict(label_smoothing=0.2),
-        'lr-max-half-wd-0.2-alternating-flips': HALF_WD | ALTERNATING,
-        'lr-max-half-wd-0.2-alternating-flips-smoothing-0.2': HALF_WD | ALTERNATING | dict(label_smoothing=0.2),
-        'lr-max-quarter': QUARTER, 'lr-max-quarter-wd-0.2': QUARTER | dict(wd=0.2),
-        'lr-max-quarter-eps-1e-8': QUARTER | dict(eps=1e-8),
-        'lr-max-quarter-smoothing-0': QUARTER | dict(label_smoothing=0.),
-        'lr-max-quarter-smoothing-0.2': QUARTER | dict(label_smoothing=0.2),
-        'lr-max-quarter-pad-mean-colour': QUARTER | dict(padding='mean-colour'),
-        'lr-max-quarter-plain': QUARTER | PLAIN, 'plain': PLAIN},
-    schedule={'ends-at-lrmin': {}, 'div-final-1-holds-lrmax': dict(div_final=1.),
-              'div-final-1e5-annihilates': dict(div_final=1e5)})
-ARMS['test'] = ARMS['ingredients']
-ARMS['finder-length'] = {f'{num_it}-of-{size}': dict(num_it=num_it, size=size)
-                         for size, num_it in itertools.product((512, 256), (100, 50))}
-FINDER_TABLES = 'finder', 'finder-length'
-DECAYS = 0.99, 0.995, 0.998  # per step, of the moving averages that every run keeps
-KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']  # a finder has 0 epochs
+# What an arm can change. `lr_max_factor` multiplies the LRMAX found; `div_final` is fastai's, by default LRMAX / LRMIN.
+RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, ema=Options.ema, padding='reflect', eps=1e-5,
+              lr_max_factor=1., div_final=None)
+HALF, QUARTER, WD = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4), dict(wd=0.2)
+PLAIN = dict(wd=0.01, label_smoothing=0., padding='mean-colour', ema=0.)
+ARMS = {
+    'default': {}, 'wd-0.2': WD,
+    'lr-max-half': HALF, 'lr-max-half-wd-0.2': HALF | WD, 'lr-max-half-wd-0.4': HALF | dict(wd=0.4),
+    'lr-max-quarter': QUARTER, 'lr-max-quarter-wd-0.2': QUARTER | WD,
+    'lr-max-quarter-eps-1e-8': QUARTER | dict(eps=1e-8),
+    'lr-max-quarter-smoothing-0': QUARTER | dict(label_smoothing=0.),
+    'lr-max-quarter-smoothing-0.2': QUARTER | dict(label_smoothing=0.2),
+    'lr-max-quarter-pad-mean-colour': QUARTER | dict(padding='mean-colour'), 'lr-max-quarter-plain': QUARTER | PLAIN,
+    'ends-at-lrmin': PLAIN, 'div-final-1-holds-lrmax': PLAIN | dict(div_final=1.),
+    'div-final-1e5-annihilates': PLAIN | dict(div_final=1e5)}
+KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']
 COLUMNS = [*KEY, 'train_images', 'test_images', 'lr_min', 'lr_max', 'div_final', 'minimum', 'wd', 'label_smoothing',
-           'padding', 'flips', 'eps', 'ema', 'accuracy', 'accuracy_flip', 'test_loss', 'train_accuracy',
-           'first_epoch_over_90', 'seconds_training', 'seconds_total', 'precision', 'device', 'torch', 'fastai']
-DRAWN = 512  # only finders with batches of this size from all images keep their curves, in finder.csv
+           'padding', 'eps', 'ema', 'accuracy', 'accuracy_flip', 'test_loss', 'train_accuracy', 'first_epoch_over_90',
+           'seconds_training', 'seconds_total', 'precision', 'device', 'torch', 'fastai', 'commit']
 
 
 def load_results(folder: Path) -> pd.DataFrame:
-    """The rows of `results.csv` in `folder`, exactly as they were measured."""
+    """The rows of `results.csv` in `folder`. Raises `InputError` for a table with other columns."""
     file = folder/'results.csv'
-    if not file.exists(): return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(file, dtype=dict(torch=str, fastai=str))
+    results = pd.read_csv(file, dtype=dict(torch=str)) if file.exists() else pd.DataFrame(columns=COLUMNS)
+    if [*results.columns] != COLUMNS: raise InputError(f'{file} has other columns than this version writes')
+    return results
 
 
-def is_done(folder: Path, job: dict) -> bool:
-    """Whether the run with the values `job` of `KEY` is in `results.csv` in `folder`."""
-    return bool((load_results(folder)[KEY] == list(job.values())).all(axis=1).any())
-
-
-def add_rows(file: Path, rows: list[dict], columns: list[str]):
-    """Append the `columns` of `rows` to a CSV file that other processes may be writing to."""
-    with FileLock(f'{file}.lock'):
-        old = file.read_bytes() if file.exists() else b''
-        if old and old.splitlines()[0] != ','.join(columns).encode():  # an earlier version had other columns
-            old = pd.read_csv(io.BytesIO(old), dtype=str).reindex(columns=columns).to_csv(index=False).encode()
-        new = pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False, header=not old)
-        write_whole(file, old + new.encode())
-
-
-def make_tfms(padding: str, flips: str = 'independent') -> list[Transform]:
-    """The experiment's augmentations with `padding`, 'reflect' or 'mean-colour', and `flips`, 'independent' or none."""
-    pad = PadCrop(4) if padding == 'reflect' else PadCrop(4, padding_mode='constant', fill=MEAN_COLOUR)
-    return [pad, *([FlipLR()] if flips == 'independent' else []), Cutout(8)]
+def add_row(folder: Path, row: dict):
+    """Append to `results.csv` in `folder`, which other processes may be writing to."""
+    load_results(folder)
+    line = pd.DataFrame([row], columns=COLUMNS).to_csv(index=False, header=not (folder/'results.csv').exists())
+    with (folder/'results.csv').open('a') as f: f.write(line)
 
 
 def hold_out(path: Path, to: Path, every: int = 10) -> Path:
@@ -116,156 +77,142 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
     return to
 
 
-class AlternateFlips(Callback):
-    """Mirrors every training image in every other epoch (arXiv:2404.00498); `seed` decides which start mirrored.
-
-    It replaces the data set's images, for the caller to put back.
-    """
-    order = SeedEpochs.order + 1  # before the loader makes a batch
-
-    def __init__(self, seed: int): self.seed = seed
-
-    def before_fit(self):
-        self.images = self.dls.train_ds.images
-        odd = torch.rand(len(self.images), generator=torch.Generator().manual_seed(self.seed)) < 0.5
-        self.odd = odd.to(self.images.device)[:, None, None, None]
-
-    def before_train(self):
-        self.dls.train_ds.images = torch.where(self.odd ^ bool(self.epoch % 2), self.images.flip(-1), self.images)
-
-
-class KeepAverages(Callback):
-    """Keeps a `MovingAverage` of the weights for each of `DECAYS`, in `averages`; checkpoints include them."""
-    order = Checkpoint.order - 1  # they must exist when a checkpoint is restored
-
-    def before_fit(self): self.averages = {decay: MovingAverage(self.model, decay) for decay in DECAYS}
-
-    def after_step(self):
-        for average in self.averages.values(): average.update()
-
-    def state_dict(self) -> dict: return {decay: average.state_dict() for decay, average in self.averages.items()}
-
-    def load_state_dict(self, state: dict):
-        for decay, average in self.averages.items(): average.load_state_dict(state[decay])
-
-
-def evaluate(learn: Learner, model: nn.Module) -> dict[str, float]:
-    """Accuracy, plain and by flip averaging, and loss of `model` on the test images of `learn`."""
-    images, targets = learn.dls.valid_ds.images, learn.dls.valid_ds.labels.cpu()
-    with replaced(learn, 'model', model):
-        plain, flipped = get_log_probs(learn, images), get_log_probs(learn, images.flip(-1))
+def score(learn: Learner) -> dict[str, float]:
+    """Accuracy, plain and by flip averaging, and loss on the test images of `learn`."""
+    dls, ds = learn.dls, learn.dls.valid_ds
+    images, targets = get_images(ds, range_of(ds.items)), tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
+    with fast(learn): plain, flipped = (get_log_probs(learn, x) for x in (images, images.flip(-1)))
     return dict(accuracy=accuracy(plain, targets).item(), accuracy_flip=accuracy(plain + flipped, targets).item(),
                 test_loss=F.nll_loss(plain, targets).item())
 
 
-def describe(dls: DataLoaders) -> dict:
-    """The columns that tell what a run was made with."""
-    return dict(train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
-                precision=resolve_precision('auto', dls.device), torch=torch.__version__, fastai=fastai.__version__)
+def read_run(folder: Path, data: str | Path | None) -> dict:
+    """The row of a finished run of train_fastai.py on the images in `data`; its arm names the options that differ."""
+    m, learn = json.loads((folder/'metrics.json').read_bytes()), load_run(folder, data=get_data(data))
+    o, free = m['options'], ('data', 'out', 'seed', 'epochs', 'bs', 'precision')
+    changed = [f'{k}={v}' for k, v in o.items() if k not in free and v != getattr(Options, k, v)]
+    padding = 'reflect' if 'reflect' in str(m['recipe']['augmentation']) else 'mean-colour'
+    return RECIPE | o | m['versions'] | m | dict(
+        table='seeds', arm=' '.join(['experiment', *changed]), every=10 if o['quick'] else 1, padding=padding,
+        div_final=m['lr_max'] / (o['lr_end'] or m['lr_min']), accuracy=m['test_accuracy'],
+        accuracy_flip=score(learn)['accuracy_flip'])
 
 
-def run_experiment(arm: dict, data: str | None, path: Path, bs: int, seed: int, epochs: int, folder: Path) -> dict:
-    """Run train_fastai.py in `folder`, or resume it there, and return its row; `path` is where its images are."""
-    if not is_finished(folder):
-        if (folder/Checkpoint.file).exists(): train_fastai(resume=folder)
-        else:
-            options = {k: v for k, v in arm.items() if k != 'lr_max_factor'}
-            if 'lr_max_factor' in arm:
-                lr_min, lr_max = find_lrs(get_learner(get_dls(path, bs), seed=seed))
-                options |= dict(lr_min=lr_min, lr_max=arm['lr_max_factor'] * lr_max)
-            train_fastai(data=data, bs=bs, seed=seed, epochs=epochs, out=folder, **options)
-    m, learn = json.loads((folder/'metrics.json').read_bytes()), load_run(folder, data=path)
-    return RECIPE | m['options'] | m['versions'] | m | dict(
-        div_final=m['lr_max'] / (m['options']['lr_end'] or m['lr_min']), accuracy=m['test_accuracy'],
-        accuracy_flip=evaluate(learn, learn.model)['accuracy_flip'])
-
-
-def run_finder(dls: DataLoaders, seed: int, folder: str, num_it: int = 100,
-               size: int = finder.LARGE_BATCH) -> tuple[dict, list[dict]]:
-    """Run the LR finder alone, for `num_it` batches of `size` images at most; return its row and its curve.
-
-    The row has fastai's `minimum` suggestion for the peak, too.
-    """
-    learn = get_learner(dls, seed=seed, path=folder)
-    with replaced(finder, 'LARGE_BATCH', size), replaced(learn, 'lr_find', partial(learn.lr_find, num_it=num_it)):
-        lr_min, lr_max = find_lrs(learn)
-    curve = [dict(seed=seed, lr=lr, loss=float(loss))
-             for lr, loss in zip(learn.recorder.lrs, learn.recorder.losses, strict=True)]
-    lowest = min(curve[num_it // 10:-5], key=lambda o: o['loss'])['lr']  # fastai leaves out both ends
-    return RECIPE | describe(dls) | dict(lr_min=lr_min, lr_max=lr_max, div_final=None, minimum=lowest / 10), curve
-
-
-def train(dls: DataLoaders, arm: dict, seed: int, epochs: int, folder: Path, lrs: tuple[float, float],
-          checkpoints: bool = True) -> list[dict]:
-    """Train with the changes of `arm`, or resume in `folder`; return a row for every kind of weights.
-
-    `lrs` are LRMIN and LRMAX before `lr_max_factor` is applied. A resumed run keeps those that it started with.
-    """
-    recipe, file = RECIPE | arm, folder/Checkpoint.file
-    state = load_state(file) if file.exists() else None
-    lr_min, lr_max = state['lrs'] if state else (lrs[0], recipe['lr_max_factor'] * lrs[1])
+def train(dls: DataLoaders, recipe: dict, seed: int, epochs: int, folder: Path, find_rates: Callable) -> dict:
+    """Train by `recipe` with the rates that `find_rates(seed)` finds, or resume in `folder`; return the row."""
+    state = load_state(folder/CHECKPOINT) if (folder/CHECKPOINT).exists() else None
+    lr_min, found = state['lrs'] if state else find_rates(seed)
+    lr_max = recipe['lr_max_factor'] * found
     div_final = recipe['div_final'] or lr_max / lr_min
-    learn = get_learner(dls, opt_func=partial(fused_adam, eps=recipe['eps']), wd=recipe['wd'],
-                        label_smoothing=recipe['label_smoothing'], ema=0, seed=seed, path=folder)
-    cbs = [keeper := KeepAverages()]
-    if recipe['flips'] == 'alternating': cbs.append(AlternateFlips(seed))
-    if checkpoints: cbs.append(Checkpoint(dict(lrs=(lr_min, lr_max)), state))
-    with replaced(dls.train_ds, 'images', dls.train_ds.images):  # also after an interruption
-        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START, cbs=cbs)
+    learn = get_learner(dls, opt_func=partial(FusedAdam, eps=recipe['eps']), seed=seed, path=folder,
+                        **{k: recipe[k] for k in ('wd', 'label_smoothing', 'ema')})
     h = learn.history
-    row = recipe | describe(dls) | dict(
-        lr_min=lr_min, lr_max=lr_max, div_final=div_final, train_accuracy=h.rows[-1]['train_accuracy'],
-        seconds_training=h.seconds_training)
-    over = first(o['epoch'] for o in h.rows if o['test_accuracy'] > 0.9)  # the last step's weights were tested
-    return [row | dict(ema=0, first_epoch_over_90=over) | evaluate(learn, learn.model),
-            *(row | dict(ema=decay) | evaluate(learn, o.module) for decay, o in keeper.averages.items())]
+    with fast(learn):
+        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START,
+                            cbs=Checkpoint(folder, dict(lrs=(lr_min, found)), state, lambda: h.seconds_training))
+    return recipe | score(learn) | dict(
+        train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
+        precision=resolve_precision('auto', dls.device), torch=torch.__version__, fastai=fastai.__version__,
+        commit=find_commit(), lr_min=lr_min, lr_max=lr_max, div_final=div_final, seconds_training=h.seconds_training,
+        train_accuracy=h.rows[-1]['train_accuracy'],
+        first_epoch_over_90=first(o['epoch'] for o in h.rows if o['test_accuracy'] > TARGET))
+
+
+def format_percent(shares: pd.Series, unit: str = ' %') -> str:
+    """Mean ± standard deviation of shares between 0 and 1, as 92.73 ± 0.15 %; a single one has no deviation."""
+    return f'{100 * shares.mean():.2f}' + (f' ± {100 * shares.std():.2f}' if len(shares) > 1 else '') + unit
+
+
+def make_table(columns: str, rows: list[tuple]) -> str:
+    """A table in Markdown; `columns` are separated by |."""
+    return '\n'.join([f'| {columns} |', '|' + columns.count('|') * '---|' + '---|',
+                      *(f'| {" | ".join(map(str, row))} |' for row in rows), ''])
+
+
+def tabulate_seeds(runs: pd.DataFrame) -> str:
+    """A row per run, then mean ± standard deviation, and how many runs reach 94 %."""
+    shares = ['train_accuracy', 'accuracy', 'accuracy_flip']
+    rows = [(r.seed, f'{r.lr_min:.2e}', f'{r.lr_max:.2e}', *(f'{100 * r[k]:.2f} %' for k in shares),
+             'none' if pd.isna(r.first_epoch_over_90) else int(r.first_epoch_over_90), r.commit)
+            for _, r in runs.iterrows()]
+    rows.append((f'mean ± sd, n = {len(runs)}', '', '', *(format_percent(runs[k]) for k in shares), '', ''))
+    columns = 'seed | LRMIN | LRMAX | training | test | flip averaging | first epoch over 90 % | commit'
+    return make_table(columns, rows) + f'\nAt least 94 %: {(runs.accuracy.round(4) >= 0.94).sum()} of {len(runs)}.\n'
+
+
+def tabulate_arms(runs: pd.DataFrame) -> str:
+    """A row per arm and kind of weights; the gain in points is over the first row, on the seeds that both have."""
+    rows, runs = [], runs.set_index('seed')
+    for (arm, ema), group in runs.groupby(['arm', 'ema'], sort=False):
+        if not rows: base = group.accuracy
+        gains = (group.accuracy - base).dropna() if rows else []
+        rows.append((arm, f'average, decay {ema:g}' if ema else 'last step', ', '.join(map(str, group.index)),
+                     ' to '.join(dict.fromkeys(f'{o:.2e}' for o in (group.lr_max.min(), group.lr_max.max()))),
+                     format_percent(group.train_accuracy), format_percent(group.accuracy),
+                     format_percent(gains, '') if len(gains) else '', format_percent(group.accuracy_flip)))
+    return make_table('recipe | weights | seeds | LRMAX | training | accuracy | gain | flip averaging', rows)
+
+
+TABLES = dict(seeds=tabulate_seeds, ingredients=tabulate_arms, test=tabulate_arms)
+
+
+def tabulate(results: pd.DataFrame, name: str) -> str:
+    """What `results` has of the table `name`, in Markdown, by size, processor and version of torch."""
+    runs = results[results.table == name].copy()
+    version = ('torch ' + runs.torch.astype('string').str.split('+').str[0]).fillna('torch not recorded')
+    runs['processor'] = runs.device.str.replace(r', \d+ threads?$', '', regex=True) + ', ' + version
+    by = ['epochs', 'train_images', 'batch_size', 'processor'] + (['arm'] if name == 'seeds' else [])
+    return '\n'.join(f'{", ".join(f"{k} {o}" for k, o in zip(by, group, strict=True))}\n\n{TABLES[name](rows)}'
+                     for group, rows in runs.groupby(by, sort=False))
 
 
 @call_parse
+@one_line_errors('repeat.py')
 def main(
-    table: Annotated[str, dict(choices=[*ARMS])],  # what to repeat
-    arms: str = None,  # which recipes, separated by commas; default: all of the table
+    what: Annotated[str, dict(choices=[*TABLES])],  # what to repeat
+    arms: str = 'default',  # recipes of `ingredients` and `test`, separated by commas
     seeds: str = '42',  # separated by commas
     epochs: int = 24,  # passes over the training images
     bs: int = 512,  # batch size
     every: int = 1,  # use one image in this many of each class; not for `seeds`
-    data: str = None,  # folder of images, as for train_fastai.py; default: fastai's CIFAR-10
-    out: str = 'runs/experiments',  # folder for results.csv and finder.csv
-    no_checkpoint: bool = False,  # for runs of seconds: if interrupted, they start again
-    minutes: float = float('inf'),  # start no run after this many minutes
+    data: str = None,  # folder of images, as for train_fastai.py; default: CIFAR-10
+    out: str = 'runs/experiments',  # folder of results.csv and of the runs
+    add: str = None,  # for `seeds`: add the row of the finished run in this folder, and train nothing
+    table: bool = False,  # print what results.csv has, and train nothing
 ):
-    "Train the arms of a table with every seed and add the results to results.csv."
-    start, out, names = time.perf_counter(), Path(out), arms.split(',') if arms else [*ARMS[table]]
-    if table == 'seeds' and every > 1: raise SystemExit('--every: `seeds` runs train_fastai.py, on all images')
-    if unknown := set(names) - ARMS[table].keys(): raise SystemExit(f'--arms: no {", ".join(unknown)} in {table}')
+    "Train with every seed and add the results to results.csv, or print its table."
+    out, names = Path(out), arms.split(',') if what != 'seeds' else ['experiment']
+    if unknown := {*names} - {*ARMS, 'experiment'}: raise InputError(f'--arms: no {", ".join(unknown)}')
+    if what == 'seeds' and every > 1: raise InputError('--every: `seeds` runs train_fastai.py, on all images')
+    if table: print(tabulate(load_results(out), what))
+    if add: add_row(out, read_run(Path(add), data))
+    if table or add: return
     with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
-        if table == 'ingredients': path = hold_out(path, Path(tmp))
+        if what == 'ingredients': path = hold_out(path, Path(tmp)/'data')
 
         @functools.cache
-        def load(padding: str = 'reflect', flips: str = 'independent') -> DataLoaders:
-            return get_dls(path, bs, every, make_tfms(padding, flips))
+        def load(padding: str = 'reflect') -> DataLoaders:
+            other = {} if padding == 'reflect' else dict(padding_mode='constant', fill=MEAN_COLOUR)
+            return get_dls(path, bs, every, [PadCrop(4, **other), FlipLR(), Cutout(8)])
 
         @functools.cache
-        def find_rates(seed: int): return find_lrs(get_learner(load(), seed=seed, path=tmp))
+        def find_rates(seed: int) -> tuple[float, float]:  # of the default recipe, for all arms
+            with fast(get_learner(load(), seed=seed, path=tmp)) as learn: return find_lrs(learn)
 
-        def run(arm: dict, seed: int, folder: Path) -> list[dict]:
-            if table == 'seeds': return [run_experiment(arm, data, path, bs, seed, epochs, folder)]
-            if table not in FINDER_TABLES:
-                dls = load(**{k: v for k, v in arm.items() if k in ('padding', 'flips')})
-                return train(dls, arm, seed, epochs, folder, find_rates(seed), not no_checkpoint)
-            row, curve = run_finder(load(), seed, tmp, **arm)
-            drawn = table == 'finder' and (bs, every) == (DRAWN, 1)
-            if drawn: add_rows(out/'finder.csv', curve, ['seed', 'lr', 'loss'])
-            return [row]
-
-        for seed, name in itertools.product(map(int, seeds.split(',')), names):
-            job = dict(zip(KEY, (table, name, seed, 0 if table in FINDER_TABLES else epochs, bs, every), strict=True))
-            if is_done(out, job) or time.perf_counter() - start > 60 * minutes: continue
-            folder = out/'-'.join(map(str, job.values()))
+        for seed, arm in itertools.product(map(int, seeds.split(',')), names):
+            key = dict(zip(KEY, (what, arm, seed, epochs, bs, every), strict=True))
+            if (load_results(out)[KEY] == [*key.values()]).all(axis=1).any(): continue
+            folder = out/'-'.join(map(str, key.values()))
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(Timeout), FileLock(folder/'repeat.lock', timeout=0):  # else a process is at it
-                if is_done(out, job): continue
-                print(folder.name, flush=True)
-                add_rows(out/'results.csv', [row | job for row in run(ARMS[table][name], seed, folder)], COLUMNS)
-                if table != 'seeds': shutil.rmtree(folder, ignore_errors=True)  # a run of train_fastai.py is kept
+            print(folder.name, flush=True)
+            if what == 'seeds':
+                options = dict(out=folder, seed=seed, epochs=epochs, bs=bs) | (dict(data=data) if data else {})
+                if (folder/CHECKPOINT).exists(): options = dict(resume=folder)
+                if not (folder/'model.pth').exists(): train_fastai.main([f'--{k}={v}' for k, v in options.items()])
+                row = read_run(folder, data)
+            else:
+                recipe = RECIPE | ARMS[arm]
+                row = train(load(recipe['padding']), recipe, seed, epochs, folder, find_rates)
+                shutil.rmtree(folder)  # a run of train_fastai.py is kept
+            add_row(out, row | key)
