@@ -136,7 +136,7 @@ class Brighten(Augmentation):
 
 
 def test_a_random_transform_draws_for_every_image(folder):
-    dls = get_dls(folder, bs=8, batch_tfms=[])
+    dls = get_dls(folder, bs=8, item_tfms=[])
     dls.train.after_item.add(Erase(p=0.5))
     for _ in range(5):  # a batch has one in 128 that way, all have one in 2 million
         black = torch.cat([x.flatten(2).std(2).max(1).values < 1e-3 for x, _ in dls.train])
