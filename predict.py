@@ -22,9 +22,9 @@ from sklearn.metrics import confusion_matrix
 from arch import ResNet
 from lab.errors import InputError, one_line_errors
 from lab.evaluate import get_log_probs, list_confusions, per_class_scores
-from lab.loader import SIZE, BatchDL, CenterResize, RGBImage, decode_images, list_images, show_progress
+from lab.loader import SIZE, TEST_FOLDERS, BatchDL, CenterResize, RGBImage, decode_images, list_images, show_progress
 from lab.report import percent
-from lab.runs import atomic_write, load_state
+from lab.runs import CHECKPOINT, atomic_write, load_state
 from lab.sources import get_data
 from lab.speed import fast
 from train_fastai import get_dls, get_learner
@@ -41,15 +41,16 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     as the published ones, predict in float32. What the learner saves goes to `run/learner`. Raises `InputError`.
     """
     run = Path(run)
-    if not (run/'model.pth').exists():
-        raise InputError(f'{run} holds no finished run, as it has no model.pth; train_fastai.py --resume finishes one')
+    if not (run/'model.pth').exists(): raise InputError(explain_missing(run))
     try:
         m = json.loads((run/'metrics.json').read_bytes())
         classes, precision, o = [str(c) for c in m['classes']], m['precision'], m['options']
         recipe, bs = {k: o[k] for k in ('wd', 'label_smoothing', 'ema', 'seed')}, o['bs']
         every = 10 if o['quick'] and o['data'] else 1  # the sample is a tenth already
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f'{run/"metrics.json"} is not that of a finished run ({type(e).__name__}: {e})') from e
+        why = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
+        raise InputError(f'{run/"metrics.json"}, which names the classes, cannot be used ({why}); copy the whole '
+                         'folder of the run') from e
     weights = load_state(run/'model.pth')
     try:
         if model is None: model = ResNet(3, len(classes), width=len(weights['prep.0.weight']))
@@ -62,6 +63,14 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     if list(dls.vocab) != classes: raise InputError(f'{data} has other classes than {run}: {", ".join(dls.vocab)}')
     exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
     return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run/'learner', **recipe)
+
+
+def explain_missing(run: Path) -> str:
+    """Why `run` is not the folder of a finished run, and what to give instead."""
+    if (run/CHECKPOINT).exists(): return f'{run} is not finished; finish it with: python train_fastai.py --resume {run}'
+    what = 'is a file' if run.is_file() else 'holds no finished run' if run.exists() else 'does not exist'
+    finished = first(o for o in (run.parent, *sorted(run.parent.glob('*'), reverse=True)) if (o/'model.pth').exists())
+    return f'{run} {what}; the first argument is the folder of a finished run, as {finished or "docs/cifar10"}'
 
 
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
@@ -79,9 +88,11 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
 
     Raises `InputError`.
     """
+    def refuse(e: OSError): raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
     files = []
     for path in map(Path, paths):
         if not path.exists(): raise InputError(f'"{path}" does not exist')
+        for _ in os.walk(path, onerror=refuse if path.is_dir() else None): pass  # what may not be read is not left out
         found = list_images(path) if path.is_dir() else [path]
         if not found: raise InputError(f'{path} holds no images')
         files += found
@@ -90,7 +101,9 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
     if len(paths) > 1: raise InputError(f'{path} has sub-folders: to evaluate it, give it alone')
     for file in files:
         if file.parent.parent != path or file.parent.name not in vocab:
-            raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}')
+            test = first(path/o for o in TEST_FOLDERS if (path/o).is_dir())
+            raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}'
+                             + (f'; the test images are in {test}' if test else ''))
     return files, [vocab.index(f.parent.name) for f in files]
 
 

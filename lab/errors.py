@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from fastcore.imports import IN_IPYTHON
+from fastcore.imports import IN_IPYTHON, noop
 
 
 class InputError(ValueError):
@@ -14,9 +14,7 @@ class InputError(ValueError):
 class RunError(RuntimeError):
     """The run cannot go on; the message is one line."""
 
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.message = message
+    def __init__(self, message: str): self.message = message
 
     def __str__(self): return self.message  # fastai rewrites the arguments of an error in a callback
 
@@ -39,8 +37,7 @@ def one_line_errors(program: str):
     141. An unforeseen error is a traceback, as Python prints it.
     """
     if not IN_IPYTHON: signal.signal(signal.SIGTERM, terminate)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # an editor's stream may lack it
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+    for stream in (sys.stdout, sys.stderr): getattr(stream, 'reconfigure', noop)(errors='replace')  # editors' lack it
     try:
         yield
         if sys.stdout: sys.stdout.flush()  # at exit it would be too late to notice a closed pipe
@@ -48,8 +45,8 @@ def one_line_errors(program: str):
     except BrokenPipeError:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for what Python flushes at exit
         sys.exit(141)
-    except KeyboardInterrupt as e: error, message, code = e, 'interrupted', (*e.args, 130)[0]
-    except InputError as e: error, message, code = e, f'error: {e}', 2
-    except RunError as e: error, message, code = e, f'error: {e}', 1
-    print(f'{program}: {"; ".join([message, *getattr(error, "__notes__", [])])}', file=sys.stderr)
+    except (KeyboardInterrupt, InputError, RunError) as e:
+        message, code = f'error: {e}', 2 if isinstance(e, InputError) else 1
+        if isinstance(e, KeyboardInterrupt): message, code = 'interrupted', (*e.args, 130)[0]
+        print(f'{program}: {"; ".join([message, *getattr(e, "__notes__", [])])}', file=sys.stderr)
     sys.exit(code)

@@ -107,9 +107,11 @@ def draw_confusions(targets: Tensor, predicted: Tensor, vocab: list[str]) -> Fig
     """How often each class (row) was taken for each other (column); both (N,) int64."""
     few = len(vocab) <= 30  # more numbers would not be legible
     fig, ax = plt.subplots(figsize=(8, 7.5) if few else (12, 11.5), layout='constrained')
-    ConfusionMatrixDisplay.from_predictions(
+    display = ConfusionMatrixDisplay.from_predictions(
         targets, predicted, labels=range_of(vocab), display_labels=[short(c, 20) for c in vocab], include_values=few,
         xticks_rotation='vertical', cmap='Blues', colorbar=False, ax=ax)
+    errors = display.confusion_matrix - np.diag(display.confusion_matrix.diagonal())
+    display.im_.set_clim(0, 2 * errors.max() or 1)  # beside the diagonal errors would be hard to see
     ax.set(xlabel='predicted', ylabel='actual', title='Confusion matrix of the test set')
     return fig
 

@@ -24,11 +24,11 @@ def show_progress() -> bool:
 
 def list_images(path: Path, folders: Sequence[str] = ()) -> L:
     """All images in `path`, or in these `folders` of it, sorted; one line on stderr counts the files left out."""
-    files = get_files(path, folders=folders).sorted()  # a directory's order differs between machines
-    others = files.filter(lambda f: f.suffix.lower() not in EXTENSIONS)
-    if others: print(f'{path}: {len(others)} of {len(files):,} files have no extension of an image and are left out, '
-                     f'as {others[0].relative_to(path)}', file=sys.stderr)
-    return files.filter(lambda f: f.suffix.lower() in EXTENSIONS)
+    files = groupby(get_files(path, folders=folders).sorted(), lambda f: f.suffix.lower() in EXTENSIONS)
+    if others := files.get(False):
+        print(f'{path}: {len(others)} files have no extension of an image and are left out, as '
+              f'{others[0].relative_to(path)}', file=sys.stderr)
+    return L(files.get(True))
 
 
 def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
@@ -96,7 +96,6 @@ class RGBImage(PILImage):
 class CenterResize(DisplayedTransform):
     """Brings a `PILImage` that no other transform has resized to SIZE × SIZE: its centre square, resized."""
     order = 4.5  # after the transforms of PIL images, before ToTensor (5)
-
     def encodes(self, x: PILImage) -> PILImage: return type(x)(fit_size(x))
 
 

@@ -26,10 +26,7 @@ NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # of NFS and FUSE
 
 
 def atomic_write(file: Path, content: bytes):
-    """Replace `file` by `content`: whatever happens meanwhile, the old or the new file is there, whole.
-
-    Only rank 0 writes. Raises `RunError`, for a full disk, say.
-    """
+    """Replace `file` by `content`, whole or not at all; only rank 0 writes. Raises `RunError`, for a full disk, say."""
     if rank_distrib(): return
     part = file.with_name(f'{file.name}.part')
     try:
@@ -44,15 +41,8 @@ def atomic_write(file: Path, content: bytes):
 
 
 def save_csv(file: Path, table: pd.DataFrame):
-    """Write the `table` as CSV."""
+    """Write the `table` as CSV, atomically."""
     atomic_write(file, table.to_csv(index=False, lineterminator='\n').encode(errors='backslashreplace'))
-
-
-@contextlib.contextmanager
-def nonfatal(file: Path):
-    """Context manager that reports a failed table or figure on stderr and carries on."""
-    try: yield
-    except Exception as e: print(f'{file} was not written: {one_line(e)}', file=sys.stderr)
 
 
 def save_state(file: Path, state: dict):
@@ -70,14 +60,20 @@ def load_state(file: Path) -> dict:
     except Exception as e: raise InputError(f'{file} is damaged ({one_line(e)[:100]})') from e
 
 
+@contextlib.contextmanager
+def nonfatal(file: Path):
+    """Context manager that reports a failed table or figure on stderr and carries on."""
+    try: yield
+    except Exception as e: print(f'{file} was not written: {one_line(e)}', file=sys.stderr)
+
+
 def plain(x: Any) -> Any:
     """`x` as `load_state` accepts it: plain values, tensors, and lists and dicts of them. Raises `TypeError`."""
-    if x is None or type(x) in (bool, int, float, str, Tensor): return x
+    if x is None or type(x) in (bool, int, float, str): return x
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, Tensor): return x.detach().as_subclass(Tensor)
-    if isinstance(x, tuple): return tuple(plain(o) for o in x)
-    if isinstance(x, list | L): return [plain(o) for o in x]
     if isinstance(x, dict): return {plain(k): plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple | L): return (tuple if isinstance(x, tuple) else list)(plain(o) for o in x)
     raise TypeError(type(x).__name__)
 
 
@@ -104,18 +100,16 @@ def forecast(epochs: int, seconds: float):
 
 
 class Checkpoint(Callback):
-    """Saves a run to `folder` before the first epoch of a fit and after every epoch, or resumes it from `state`.
+    """Saves a `run` before the first epoch of a fit and after every epoch, or resumes it from `run.state`.
 
     Stored are `header`, weights, gradients that an accumulation left, the optimizer, and every callback's state.
-    Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. `seconds` returns how long the run
-    has taken. A resumed run skips what was done, a fit or epochs of it, and no other callback hears of that.
-    With `tell` it says after an epoch what the others will take.
+    Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done,
+    a fit or epochs of it, and no other callback hears of that. With `tell` it says what is left after one epoch.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, folder: Path, header: dict, state: dict, seconds: Callable, tell: bool = False):
-        self.folder, self.header, self.state, self.seconds, self.tell = folder, header, state, seconds, tell
-        self.fits = self.skip = 0
+    def __init__(self, run: 'Run', header: dict, tell: bool):
+        self.of, self.header, self.tell, self.fits = run, header, tell, 0
 
     def __call__(self, event_name: str):
         if not hasattr(self.learn, 'gather_preds'): super().__call__(event_name)
@@ -124,59 +118,55 @@ class Checkpoint(Callback):
     def others(self) -> L: return self.learn.cbs.filter(lambda cb: not isinstance(cb, Checkpoint | Recorder))
 
     def before_fit(self):
-        self.fits, self.skip = self.fits + 1, 0
-        if self.state and self.fits <= self.state['fits']:
-            self.skip = self.n_epoch
-            if self.fits == self.state['fits']: self.restore(self.state)
+        self.fits, self.skip, fits = self.fits + 1, 0, self.of.state.get('fits', 0)
+        if self.fits > fits: self.save(epochs_done=0)
+        else:
+            self.skip = self.restore(self.of.state) if self.fits == fits else self.n_epoch
             self.running = [(cb, cb.run) for cb in self.learn.cbs if cb is not self]
             for cb, _ in self.running if self.skip else (): vars(cb)['run'] = False
-        else: self.save(epochs_done=0)
 
     def before_epoch(self):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        left = self.n_epoch - self.epoch - 1
-        if self.epoch + 1 > self.skip:
-            self.save(self.epoch + 1)
-            if self.tell and left: forecast(left, left * self.history.rows[-1]['seconds'])
-            self.tell = False
-        elif self.epoch + 1 == self.skip:
-            for cb, run in self.running: vars(cb)['run'] = run
+        done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
+        for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
+        if done <= self.skip: return
+        self.save(done)
+        if self.tell and left: forecast(left, left * self.history.rows[-1]['seconds'])
+        self.tell = False
 
     def save(self, epochs_done: int):
+        """Write the checkpoint, and the tables so far."""
         if rank_distrib(): return
-        model = unwrap(self.model)
+        model, out = unwrap(self.model), self.of.folder
         grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-        save_state(self.folder/CHECKPOINT, dict(
+        save_state(out/CHECKPOINT, dict(
             self.header, fits=self.fits, epochs_done=epochs_done, model=model.state_dict(), grads=plain(grads),
             opt=plain(self.opt.state_dict()), callbacks=[(cb.name, get_state(cb)) for cb in self.others],
-            seconds_total=self.seconds()))
+            seconds_total=self.of.seconds()))
         for name, rows, columns in (('history.csv', self.history.rows, list(self.history.columns)),
                                     ('schedule.csv', self.history.schedule, ['batch', 'lr', 'momentum'])):
-            with nonfatal(self.folder/name): save_csv(self.folder/name, pd.DataFrame(rows, columns=columns))
+            with nonfatal(out/name): save_csv(out/name, pd.DataFrame(rows, columns=columns))
 
-    def restore(self, state: dict):
+    def restore(self, state: dict) -> int:
+        """Put back everything that `save` has stored; return how many epochs of the fit were done."""
         if [name for name, _ in state['callbacks']] != [cb.name for cb in self.others]:
             raise RunError('the run was started with other callbacks; it cannot be resumed with these')
-        self.skip, model = state['epochs_done'], unwrap(self.model)
+        model = unwrap(self.model)
         model.load_state_dict(state['model'])
         for k, grad in state['grads'].items(): model.get_parameter(k).grad = grad.to(model.get_parameter(k).device)
         self.opt.load_state_dict(state['opt'])
         for cb, (_, values) in zip(self.others, state['callbacks'], strict=True): set_state(cb, values)
+        return state['epochs_done']
 
 
 def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, set[str]]:
     """The options on the command line, or in `args`, as the dataclass `cls`, and the names of those that were given."""
     names, not_given = [f.name for f in dataclasses.fields(cls)], object()  # argparse puts no default over a value
-    parsed = anno_parser(cls).parse_args(args, argparse.Namespace(**dict.fromkeys(names, not_given)))
-    given = {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not not_given}
+    parsed = vars(anno_parser(cls).parse_args(args, argparse.Namespace(**dict.fromkeys(names, not_given))))
+    given = {name: parsed[name] for name in names if parsed[name] is not not_given}
     return cls(**given), {*given}
-
-
-def check_lr_end(lr_end: float | None, lr_max: float):
-    """Raise `InputError` if the cycle would end above its peak."""
-    if lr_end and lr_end > lr_max: raise InputError(f'--lr-end {lr_end:g} is larger than LRMAX, {lr_max:.2e}')
 
 
 def check_options(o):
@@ -185,14 +175,15 @@ def check_options(o):
     for name, ok, rule in (
             ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'),
             ('bs', o.bs >= 1, 'at least 1'), ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
+            ('bs', o.bs % max(num_distrib(), 1) == 0, f'a multiple of {num_distrib()}, the number of processes'),
             ('lr_min', lrs.count(None) != 1, 'given together with --lr-max'),
             ('lr_min', None in lrs or 0 < o.lr_min < o.lr_max < inf, f'between 0 and --lr-max {o.lr_max}'),
             ('lr_end', o.lr_end is None or 0 < o.lr_end < inf, 'a positive number'),
+            ('lr_end', not (o.lr_end and o.lr_max and o.lr_end > o.lr_max), f'at most LRMAX, {o.lr_max}'),
             ('wd', 0 <= o.wd < inf, 'at least 0 and finite'),
             ('label_smoothing', 0 <= o.label_smoothing < 1, 'at least 0 and less than 1'),
             ('ema', 0 <= o.ema < 1, 'at least 0 and less than 1')):
         if not ok: raise InputError(f'--{name.replace("_", "-")} {getattr(o, name)} is not {rule}')
-    if o.lr_max: check_lr_end(o.lr_end, o.lr_max)
     resolve_precision(o.precision, default_device())
 
 
@@ -210,41 +201,39 @@ class Run:
     folder of an interrupted run, they come from that run, except `data` if it has moved. Raises `InputError`.
     """
 
-    def __init__(self, options, given: set[str] | None = None):
+    def __init__(self, o, given: set[str] | None = None):
         self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
         self.bare = given is not None and given <= {'out'} and num_distrib() < 2
-        options = dataclasses.replace(options, **{k: str(v) for k, v in vars(options).items() if isinstance(v, Path)})
-        self.folder = Path(options.resume or options.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
-        if options.resume is None:
-            check_options(options)
-            self.check_free()
-            if options.plain:
-                if more := (given or set()) & {*PLAIN}: raise InputError(f'--{min(more)} is what --plain sets itself')
-                options = dataclasses.replace(options, **PLAIN)
-            self.options = limit_to_quick_look(options) if options.quick else options
-        else:
-            if more := (given or set()) - {'data', 'resume'}:
-                raise InputError(f'--{min(more).replace("_", "-")}: --resume takes --data and no other option')
+        o = dataclasses.replace(o, **{k: str(v) for k, v in vars(o).items() if isinstance(v, Path)})
+        self.folder = Path(o.resume or o.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
+        refused = (given or set()) - {'data', 'resume'} if o.resume else (given or set()) & {*PLAIN} if o.plain else ()
+        if refused:
+            name = f'--{min(refused).replace("_", "-")}'
+            raise InputError(f'{name}: --resume takes --data and no other option' if o.resume else
+                             f'{name} is what --plain sets itself')
+        if o.resume:
             with contextlib.ExitStack() as self.stack:
                 self.lock()  # first, since another run might still replace the checkpoint
-                self.load(options)
+                o = self.load(o)
                 self.stack = self.stack.pop_all()
-        if self.options.bs % max(num_distrib(), 1):
-            raise InputError(f'--bs {self.options.bs} is not a multiple of {num_distrib()}, the number of processes')
-        s, o = self.state, self.options
-        self.precision = s.get('precision') or resolve_precision(o.precision, default_device())
-        self.lrs = (s['lr_min'], s['lr_max']) if s else (o.lr_min, o.lr_max) if o.lr_min else None
+        else: self.check_free()
+        check_options(o)
+        if o.plain: o = dataclasses.replace(o, **PLAIN)
+        self.options = limit_to_quick_look(o) if o.quick and not o.resume else o
+        self.precision = self.state.get('precision') or resolve_precision(o.precision, default_device())
+        self.lrs = self.state.get('lrs') or ((o.lr_min, o.lr_max) if o.lr_min else None)
 
-    def load(self, options):
-        """Take the options and the state from the run's checkpoint. Raises `InputError`."""
-        resume, names = f'--resume {self.folder}', {f.name for f in dataclasses.fields(options)}
+    def load(self, o):
+        """The options of the interrupted run, whose checkpoint becomes `state`. Raises `InputError`."""
+        resume = f'--resume {self.folder}'
         if (self.folder/'model.pth').exists(): raise InputError(f'{resume}: this run is finished')
         try: self.state = load_state(self.folder/CHECKPOINT)
         except InputError as e: raise InputError(f'{resume}: {e}; start a run without --resume') from e
+        names = {f.name for f in dataclasses.fields(o)}
         if not isinstance(self.state, dict) or {*self.state.get('options', ())} != names or 'fits' not in self.state:
             raise InputError(f'{resume}: {CHECKPOINT} was not written by this version of the program')
-        self.options = type(options)(**self.state['options'] | (dict(data=options.data) if options.data else {}))
         self.start -= self.state['seconds_total']
+        return type(o)(**self.state['options'] | dict(resume=o.resume) | (dict(data=o.data) if o.data else {}))
 
     def lock(self):
         """Lock the run's folder: a second run in it is refused. Raises `InputError`."""
@@ -273,11 +262,12 @@ class Run:
     @property
     def command(self) -> str:
         """The command that starts a run with the same options, in a new folder."""
-        changed = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)
-                   if f.name not in ('out', 'resume') and getattr(self.options, f.name) != f.default}
-        return self.format_command(**changed)
+        implied = ('out', 'resume', *(PLAIN if self.options.plain else ()))
+        return self.format_command(**{f.name: value for f in dataclasses.fields(self.options) if f.name not in implied
+                                      and (value := getattr(self.options, f.name)) != f.default})
 
     def format_command(self, **options) -> str:
+        """The command line with these `options`."""
         launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
         return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])
@@ -300,9 +290,9 @@ class Run:
         self.fingerprint = fingerprint(dls)
         if self.options.data:  # so that the run can be resumed from anywhere
             self.options = dataclasses.replace(self.options, data=str(Path(self.options.data).absolute()))
-        if self.state:
-            if self.state['fingerprint'] == self.fingerprint: return
+        if self.state.get('fingerprint', self.fingerprint) != self.fingerprint:
             raise InputError(f'these are not the images that the run in {self.folder} was trained on')
+        if self.state: return
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
         self.lock()
@@ -311,10 +301,9 @@ class Run:
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, which uses these learning rates. Raises `InputError`."""
         tell, self.lrs = self.lrs is not None, (lr_min, lr_max)  # else the finder has told it
-        check_lr_end(self.options.lr_end, lr_max)
-        header = dict(lr_min=lr_min, lr_max=lr_max, precision=self.precision, fingerprint=self.fingerprint,
-                      options=vars(self.options) | dict(resume=None))
-        return Checkpoint(self.folder, header, self.state, self.seconds, tell)
+        check_options(dataclasses.replace(self.options, lr_min=lr_min, lr_max=lr_max))
+        return Checkpoint(self, dict(lrs=self.lrs, precision=self.precision, fingerprint=self.fingerprint,
+                                     options=vars(self.options) | dict(resume=None)), tell)
 
     def seconds(self) -> float:
         """How long the run has taken, interruptions left out."""

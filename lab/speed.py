@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab.errors import InputError
 from lab.optim import match_layout
+from lab.winograd import WinogradConv2d, is_plain_3x3, wins
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -102,11 +103,12 @@ class SideBySideConv2d(nn.Conv2d):
         return maps.reshape(n, h, w, -1).contiguous().permute(0, 3, 1, 2)
 
 
-def is_plain_3x3(module: nn.Module) -> bool:
-    """Whether `module` is a 3×3 convolution with stride 1 and zeros around, which its faster forms compute as well."""
-    return type(module) is nn.Conv2d and (
-        (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
+def faster_class(conv: nn.Module, learn: Learner) -> type | None:
+    """What computes the same as the convolution `conv` in less time on this processor, if anything does."""
+    if not is_plain_3x3(conv) or conv.weight.device.type != 'cpu': return None
+    if hasattr(learn, 'mixed_precision'):
+        return SideBySideConv2d if torch.cpu.get_capabilities().get('amx_bf16') else None
+    return WinogradConv2d if wins(conv) else None
 
 
 def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
@@ -122,12 +124,11 @@ def fast_layout(learn: Learner):
     if memory_format is None or device.type not in ('cpu', 'cuda'):
         yield
         return
-    amx = device.type == 'cpu' and hasattr(learn, 'mixed_precision') and torch.cpu.get_capabilities().get('amx_bf16')
-    convs = [m for m in model.modules() if is_plain_3x3(m)] if amx else []
+    convs = {m: cls for m in model.modules() if (cls := faster_class(m, learn))}
     plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose another layout
     hook = model.register_state_dict_post_hook(make_contiguous)
     try:
-        for conv in convs: conv.__class__ = SideBySideConv2d
+        for conv, cls in convs.items(): conv.__class__ = cls
         model.to(memory_format=memory_format)
         yield
     finally:
@@ -183,8 +184,9 @@ def fast(learn: Learner):
     """Context manager in which `learn` trains and predicts fast; undone at its end, also after an error or Ctrl-C.
 
     On a CPU freed memory is kept for the next step. A network whose class names a `memory_format`, as `ResNet` does,
-    is brought into that layout, on a CPU with AMX its small maps are laid side by side, and on a GPU its training step
-    is recorded. Any other network keeps its layout, since it may use `view`. Numbers are the same, to rounding.
+    is brought into that layout, its convolutions are computed by Winograd's products in float32 on a CPU, or side by
+    side in bfloat16 with AMX, and on a GPU its training step is recorded. Any other network keeps its layout, since it
+    may use `view`. Numbers are the same, to rounding.
     """
     cbs, gpu = L(Guard()), next(learn.model.parameters()).is_cuda
     if gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format'): cbs.append(CUDAGraph())

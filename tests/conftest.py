@@ -1,7 +1,10 @@
 import ctypes
 import math
 import os
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from fastai.vision.all import Callback, MixedPrecision
 from PIL import Image
 
 from arch import ResNet
+from callbacks import SeedEpochs
 from lab import results
 from lab.sources import get_sample
 from train_fastai import get_dls, main
@@ -68,6 +72,20 @@ def args(*given, **options) -> list[str]:
 
 
 SIX_EPOCHS = dict(epochs=6, bs=8, lr_min=LR_MIN, lr_max=LR_MAX)
+
+
+@contextmanager
+def disturbed(act: Callable, epoch: int = 3, batch: int = 1):
+    """Context manager in which every fit calls `act` before this training batch; both count from 0, over all fits."""
+    def before_batch(self):
+        done = self.earlier + self.epoch, self.iter
+        if self.training and not hasattr(self.learn, 'lr_finder') and done == (epoch, batch): act()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(SeedEpochs, 'before_batch', before_batch, raising=False)
+        yield
+
+
+def interrupt(): signal.raise_signal(signal.SIGINT)
 
 
 class Interrupt(Callback):

@@ -11,39 +11,34 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from conftest import ROOT, make_folder
+from conftest import ROOT, SIX_EPOCHS, args, make_folder
 from fastcore.script import call_parse
 
 SAME = 'model.pth', 'schedule.csv', 'misclassified.csv'  # and history.csv, but for the column of seconds
 
 
-def command(*args, script: Path = ROOT/'tests/narrow.py') -> list[str]:
-    """What starts a run, with a narrow network if not said otherwise."""
-    return [sys.executable, str(script), *map(str, args)]
+def command(**options) -> list[str]:
+    """What starts a run with a narrow network."""
+    return [sys.executable, str(ROOT/'tests/narrow.py'), *args(**options)]
 
 
-def run_options(data: Path, out: Path, epochs: int = 6) -> list:
-    return ['--data', data, '--out', out, '--epochs', epochs, '--bs', 8, '--lr-min', 1e-4, '--lr-max', 1e-3]
-
-
-def kill_and_resume(data: Path, out: Path, kills: int, rng: random.Random) -> tuple[int, int]:
+def kill_and_resume(data: Path, out: Path, kills: int, rng: random.Random) -> int:
     """Starts a run in `out`, kills it `kills` times at random moments of its training and lets it end.
 
-    Returns how often it was killed, and how many epochs were found done after the kills, together.
+    Returns how often it was killed: less if it was faster.
     """
-    args, done = run_options(data, out), 0
+    options = dict(data=data, out=out, **SIX_EPOCHS)
     for killed in range(kills):
-        process = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(command(**options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for line in process.stdout:
-            if line.startswith('epoch'): break  # the table's head: training begins
-        time.sleep(rng.uniform(0, 1.5))
+            if line.startswith('LRMIN'): break  # training begins
+        time.sleep(rng.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if (out/'model.pth').exists(): return killed, done  # it was faster
-        if (out/'checkpoint.pth').exists(): args = ['--resume', out]
-        done += len(pd.read_csv(out/'history.csv'))
-    subprocess.run(command(*args), check=True, stdout=subprocess.DEVNULL)
-    return kills, done
+        if (out/'model.pth').exists(): return killed
+        if (out/'checkpoint.pth').exists(): options = dict(resume=out)
+    subprocess.run(command(**options), check=True, stdout=subprocess.DEVNULL)
+    return kills
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -57,10 +52,10 @@ def kill_runs(data: Path, whole: Path, folder: Path, kills: int, rng: random.Ran
     """Kills runs in `folder`, up to three times each and `kills` times in all; returns what differs from `whole`."""
     left, runs, bad = kills, 0, []
     while left > 0 and not bad:
-        n, found = kill_and_resume(data, folder/f'{runs}', min(left, 3), rng)
+        left -= (n := kill_and_resume(data, folder/f'{runs}', min(left, 3), rng))
         bad = differences(whole, folder/f'{runs}')
-        print(f'run {runs}: {n} kills, {found} epochs found done, differs in {bad or "nothing"}', flush=True)
-        left, runs = left - n, runs + 1
+        print(f'run {runs}: {n} kills, differs in {bad or "nothing"}', flush=True)
+        runs += 1
     return bad
 
 
@@ -73,6 +68,6 @@ def main(
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         data = make_folder(tmp/'data')
-        subprocess.run(command(*run_options(data, tmp/'whole')), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command(data=data, out=tmp/'whole', **SIX_EPOCHS), check=True, stdout=subprocess.DEVNULL)
         if kill_runs(data, tmp/'whole', tmp, kills, random.Random(seed)): sys.exit(1)
     print(f'{kills} kills, and every run ended like the uninterrupted one')

@@ -1,20 +1,18 @@
 """`tests/narrow.py` for one process of several: it leaves in the folder WATCH what the process saw and ended with.
 
-Nothing is drawn, and images stay as they are. With GHOSTS set, a single process computes as two do together: batch norm
-takes every second image of a batch for a batch of its own. With DIES set, the second process is killed at that batch.
+Nothing is drawn, and images stay as they are. With DIES set, the second process is killed at that batch.
 """
 import os
-import runpy
 import signal
-import sys
 from pathlib import Path
 
-import narrow  # the narrow network
+import narrow  # noqa: F401, the narrow network
 import torch
+from fastai.distributed import DistributedDL
 from fastai.vision.all import Pipeline
-from torch import nn
 
-from lab import learner, runs
+import train_fastai
+from lab import results
 from lab.loader import Augmentation
 
 seen, draws, learners = [], [], []
@@ -31,29 +29,26 @@ class Watch(Augmentation):
         return x
 
 
-class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Two batch norms, whose statistics are those of the first: what two processes without SyncBatchNorm compute."""
-
-    def forward(self, x):
-        if not self.training: return super().forward(x)
-        second = nn.functional.batch_norm(x[1::2], None, None, self.weight, self.bias, True, eps=self.eps)
-        return torch.stack([super().forward(x[0::2]), second], 1).flatten(0, 1)
+def get_watched(dls, *args, **kwargs):
+    learn = get_learner(dls, *args, **kwargs)
+    learners.append(learn)
+    dls.train.after_item = Pipeline([Watch()], split_idx=0)
+    return learn
 
 
-class WatchedLearner(learner.RobustLearner):
-    def __init__(self, dls, *args, **kwargs):
-        super().__init__(dls, *args, **kwargs)
-        learners.append(self)
-        dls.train.after_item = Pipeline([Watch()], split_idx=0)
+def broadcast(self, order: list[int], rank: int) -> list[int]:
+    """fastai's own does this on a GPU."""
+    order = torch.tensor(order)
+    torch.distributed.broadcast(order, rank)
+    return order.tolist()
 
 
-learner.RobustLearner = WatchedLearner
-runs.Run.save_figure = lambda *_: None
-if os.environ.get('GHOSTS'): nn.BatchNorm2d = GhostBatchNorm2d
+get_learner, train_fastai.get_learner = train_fastai.get_learner, get_watched
+results.save_figure = lambda *_: None
+DistributedDL._broadcast = broadcast
 
 if __name__ == '__main__':
-    runpy.run_path(str(narrow.ROOT/'train_fastai.py'), run_name='__main__')
+    train_fastai.main()
     learn = learners[0]
-    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws,
-                    accelerate='accelerate' in sys.modules),
+    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws),
                Path(os.environ['WATCH'])/f'{os.environ.get("RANK", 0)}.pth')

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import Interrupt, fit, make_folder
 from fastai.vision.all import SGD, Adam, Callback, OptimWrapper, ranger
+from lab.finder import basin
+from lab.learner import RobustLearner, TorchOptimizer, fused_adam
 
 from lab import finder
 from lab.errors import InputError, RunError
-from lab.finder import basin
-from lab.learner import RobustLearner, TorchOptimizer, fused_adam
 from predict import get_empty_dls
 from train_fastai import find_lrs, get_dls, get_learner
 

@@ -25,10 +25,10 @@ from fastai.vision.all import (
     ranger,
     set_seed,
 )
+from lab.learner import CrossEntropy, Progress, TorchOptimizer, fused_adam
 
 from arch import ResNet
 from callbacks import History, SeedEpochs
-from lab.learner import CrossEntropy, Progress, TorchOptimizer, fused_adam
 from train_fastai import get_learner
 
 

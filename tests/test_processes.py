@@ -1,140 +1,130 @@
 """A run in two processes on the CPU, as `accelerate launch` starts them, beside the same run in one."""
+import json
 import os
-import runpy
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, fit, make_folder
+from conftest import ROOT, args, make_folder
+from torch import nn
 
+import train_fastai
 from lab import runs
 from lab.errors import InputError
-from train_fastai import Options, get_learner
+from lab.processes import on_first
+from train_fastai import Options, get_dls, get_learner, main
 
-BS, EPOCHS, BATCHES = 16, 2, 3
-RATES = '--lr-min', 1e-4, '--lr-max', 1e-3
-LAUNCH = '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', 2, '--main_process_port', 0
+BS, BATCHES, IMAGES = 16, 3, 51
+OPTIONS = dict(epochs=2, bs=BS, precision='fp32')
+LAUNCH = '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0'
 
 
-def train(launch: tuple, out, *args, **env) -> subprocess.CompletedProcess:
-    """Runs tests/ranks.py in one process or, launched, in two, which leave what they saw beside the folder `out`."""
-    watch = out.with_name(f'{out.name}-watch')
-    watch.mkdir(exist_ok=True)
-    return subprocess.run([sys.executable, *map(str, (*launch, ROOT/'tests/ranks.py', *args))], capture_output=True,
+def launch(watch, **options) -> subprocess.CompletedProcess:
+    """Runs tests/ranks.py in two processes, which leave what they saw in the folder `watch`."""
+    dies = options.pop('dies', '')
+    return subprocess.run([sys.executable, *LAUNCH, str(ROOT/'tests/ranks.py'), *args(**options)], capture_output=True,
                           text=True, timeout=300, env=os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
-                                                                        WATCH=str(watch), **env))
-
-
-def options(data, out) -> tuple:
-    return '--data', data, '--out', out, '--epochs', EPOCHS, '--bs', BS, '--precision', 'fp32'
-
-
-def watched(out) -> list[dict]:
-    """What each process of the run in `out` saw."""
-    return [torch.load(f, weights_only=True) for f in sorted(out.with_name(f'{out.name}-watch').iterdir())]
-
-
-def ours(done: subprocess.CompletedProcess) -> list[str]:
-    """Our own lines on stderr."""
-    return [line for line in done.stderr.splitlines() if line.startswith('train_fastai.py')]
+                                                                        WATCH=str(watch), DIES=str(dies)))
 
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """A folder of 51 training images: three batches of 16, and three images that an epoch drops."""
-    return make_folder(tmp_path_factory.mktemp('data')/'images', train=17)
+    """A folder of 51 training images, three batches of 16 and three that an epoch drops, and of 15 test images."""
+    return make_folder(tmp_path_factory.mktemp('data')/'images', train=IMAGES // 3, test=5)
 
 
 @pytest.fixture(scope='module')
 def two(images, tmp_path_factory):
-    """A run in two processes, and what it printed."""
+    """A run in two processes, of which one is killed in the second epoch: its folder, and what it and its end said."""
     out = tmp_path_factory.mktemp('runs')/'two'
-    done = train(LAUNCH, out, *options(images, out), *RATES)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    died = launch(out.parent, data=images, out=out, **OPTIONS, dies=FINDER + BATCHES + 2)
+    resumed = launch(out.parent, resume=out)
+    assert resumed.returncode == 0, resumed.stderr
+    return out, died, resumed
+
+
+FINDER = 0  # the second process sees no batch of the finder's
+
+
+@pytest.fixture(scope='module')
+def ranks(two) -> list[dict]:
+    """What each process saw of the second epoch."""
+    return [torch.load(two[0].parent/f'{rank}.pth', weights_only=True) for rank in (0, 1)]
+
+
+def test_a_process_that_dies_ends_the_run(two):
+    out, died, _ = two
+    assert died.returncode != 0
+    assert f'accelerate launch --multi_gpu --num_processes 2 train_fastai.py --resume {out}' in died.stderr
 
 
 def test_first_process_alone_prints(two):
-    out, printed = two
-    assert printed.splitlines()[-1] == f'Everything is in {out}'
-    assert printed.count('Reading the images') == printed.count('finished') == printed.count('epoch  ') == 1
-    assert ' 2 × cpu' in printed
+    out, died, resumed = two
+    assert resumed.stdout.splitlines()[-1] == f'Results: {out}'
+    assert ' 2 × cpu' in died.stdout
+    assert [died.stdout.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == [1, 1, 1, 0]
+    assert [resumed.stdout.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == [1, 0, 0, 1]
 
 
-def test_both_processes_end_with_the_same_weights(two):
-    first, second = (o['weights'] for o in watched(two[0]))
+def test_both_processes_end_with_the_same_weights(two, ranks):
+    first, second = (o['weights'] for o in ranks)
     kept = torch.load(two[0]/'model.pth', weights_only=True)
     assert kept.keys() == first.keys() == second.keys()
     assert all(kept[k].equal(first[k]) and kept[k].equal(second[k]) for k in kept)
 
 
-def test_an_epoch_has_every_image_once_but_for_the_last_partial_batch(two):
-    ranks = watched(two[0])
-    assert all(len(o['seen']) == EPOCHS * BATCHES and {len(x) for x in o['seen']} == {BS // 2} for o in ranks)
-    epochs = [{x.numpy().tobytes() for o in ranks for x in torch.cat(o['seen'][i:i + BATCHES])}
-              for i in range(0, EPOCHS * BATCHES, BATCHES)]
-    assert [len(e) for e in epochs] == [BATCHES * BS] * EPOCHS
-    assert epochs[0] != epochs[1]
+def test_both_processes_use_the_rates_that_the_first_finds(two, ranks):
+    first, second = (o['schedule'] for o in ranks)
+    assert first == second == pd.read_csv(two[0]/'schedule.csv').to_dict('records')
+    assert len(first) == 2 * BATCHES
+    assert len(pd.read_csv(two[0]/'lr_find.csv')) > 50
 
 
-def test_each_process_draws_its_own_augmentations(two):
-    assert len({draw for o in watched(two[0]) for draw in o['draws']}) == 2 * EPOCHS * BATCHES
+def test_an_epoch_has_every_image_once_augmented_anew(ranks):
+    assert all(len(o['seen']) == BATCHES and {len(x) for x in o['seen']} == {BS // 2} for o in ranks)
+    assert len({x.numpy().tobytes() for o in ranks for x in torch.cat(o['seen'])}) == BATCHES * BS
+    assert len({draw for o in ranks for draw in o['draws']}) == 2 * BATCHES
 
 
-def test_two_processes_learn_as_one_does_from_the_whole_batch(two, images, tmp_path):
-    out = tmp_path/'one'
-    done = train((), out, *options(images, out), *RATES, GHOSTS='1')
-    assert done.returncode == 0, done.stderr
-    history, of_one = (pd.read_csv(o/'history.csv') for o in (two[0], out))
-    for loss in ('train_loss', 'test_loss'):  # but for roundings, which Adam's first steps magnify
-        assert history[loss].tolist() == pytest.approx(of_one[loss].tolist(), rel=1e-2)
-    assert (out/'schedule.csv').read_bytes() == (two[0]/'schedule.csv').read_bytes()
-    alone, first = watched(out)[0], watched(two[0])[0]
-    assert torch.equal(alone['seen'][0][0::2], first['seen'][0])
-    assert first['accelerate']
-    assert not alone['accelerate']
+class GhostBatchNorm2d(nn.BatchNorm2d):
+    """Two batch norms, whose statistics are those of the first: what two processes without SyncBatchNorm compute."""
+
+    def forward(self, x):
+        if not self.training: return super().forward(x)
+        half = BS // 2
+        second = nn.functional.batch_norm(x[half:], None, None, self.weight, self.bias, True, eps=self.eps)
+        return torch.cat([super().forward(x[:half]), second])
 
 
-def test_a_process_that_dies_ends_the_run_which_can_be_resumed(two, images, tmp_path):
-    out = tmp_path/'dies'
-    done = train(LAUNCH, out, *options(images, out), *RATES, DIES=str(BATCHES + 2))
-    assert done.returncode != 0
-    line, = ours(done)
-    assert line.endswith(f'accelerate launch --multi_gpu --num_processes 2 train_fastai.py --resume {out}')
-    assert len(pd.read_csv(out/'history.csv')) == 1
-
-    done = train(LAUNCH, out, '--resume', out)
-    assert done.returncode == 0, done.stderr
-    for name in ('model.pth', 'schedule.csv', 'misclassified.csv'):
-        assert (out/name).read_bytes() == (two[0]/name).read_bytes(), name
-
-
-def test_both_processes_use_the_rates_that_the_first_one_finds(images, tmp_path):
-    out = tmp_path/'finder'
-    done = train(LAUNCH, out, *options(images, out), '--epochs', 1)
-    assert done.returncode == 0, done.stderr
-    first, second = (o['schedule'] for o in watched(out))
-    assert first == second == pd.read_csv(out/'schedule.csv').to_dict('records')
-    assert len(pd.read_csv(out/'lr_find.csv')) > 50
+def test_two_processes_learn_as_one_from_the_whole_batch(two, ranks, images, tmp_path, monkeypatch, no_pictures):
+    def order() -> list[int]:
+        """Each batch is what the two processes see at the same time."""
+        idxs, half, part = [*map(int, DataLoader.get_idxs(dl))], BS // 2, (IMAGES + 1) // 2
+        return [o for i in range(0, BATCHES * half, half) for start in (0, part) for o in idxs[start + i:][:half]]
+    def get(dls, **kwargs):
+        nonlocal dl
+        dl = dls.train
+        dl.get_idxs = order
+        return get_learner(dls, **kwargs)
+    DataLoader, dl = get_dls.__globals__['DataLoader'], None
+    monkeypatch.setattr(train_fastai, 'get_learner', get)
+    monkeypatch.setattr(nn, 'BatchNorm2d', GhostBatchNorm2d)
+    monkeypatch.setattr(train_fastai, 'get_dls', lambda **kwargs: get_dls(**kwargs, item_tfms=[]))
+    m = json.loads((two[0]/'metrics.json').read_text())
+    main(args(data=images, out=tmp_path, **OPTIONS, lr_min=m['lr_min'], lr_max=m['lr_max']))
+    history, of_one = (pd.read_csv(o/'history.csv') for o in (two[0], tmp_path))
+    for column in ('train_loss', 'test_loss', 'test_accuracy'):  # but for roundings, which Adam's first steps magnify
+        assert history[column].tolist() == pytest.approx(of_one[column].tolist(), rel=1e-2)
+    assert (tmp_path/'schedule.csv').read_bytes() == (two[0]/'schedule.csv').read_bytes()
+    assert m['test_accuracy'] == json.loads((tmp_path/'metrics.json').read_text())['test_accuracy']
 
 
 def test_a_batch_that_cannot_be_shared_out(monkeypatch):
-    monkeypatch.setattr(runs, 'RANKS', 2)
+    monkeypatch.setattr(runs, 'num_distrib', lambda: 2)
     with pytest.raises(InputError, match='--bs 15 is not a multiple of 2, the number of processes'):
         runs.Run(Options(bs=15), {'bs'})
 
 
-def test_what_another_launcher_left_in_the_environment_makes_no_processes(dls, tmp_path, monkeypatch):
-    for name, value in dict(WORLD_SIZE='2', RANK='1').items(): monkeypatch.setenv(name, value)
-    found = runpy.run_path(str(ROOT/'lab/processes.py'))
-    assert (found['RANKS'], found['RANK'], found['COMMAND']) == (1, 0, 'python')
-    learn = get_learner(dls, precision='fp32', path=tmp_path)
-    fit(learn)
-    assert len(learn.history.rows) == 2
-    assert learn.get_preds()[0].shape == (12, 3)
-    for name, value in dict(LOCAL_RANK='1', MASTER_ADDR='localhost').items(): monkeypatch.setenv(name, value)
-    found = runpy.run_path(str(ROOT/'lab/processes.py'))
-    assert (found['RANKS'], found['RANK']) == (2, 1)
-    assert found['COMMAND'] == 'accelerate launch --multi_gpu --num_processes 2'
+def test_one_process_does_it_itself(): assert on_first(max, 1, 2) == 2

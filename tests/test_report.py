@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT, one_cycle
 from fastai.vision.all import CrossEntropyLossFlat, ranger
+from lab.learner import TorchOptimizer
 from torch import nn, optim
 
-from lab.learner import TorchOptimizer
 from lab.report import format_rate, percent, write_report
 from lab.results import describe_recipe
 from lab.runs import Run

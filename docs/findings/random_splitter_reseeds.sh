@@ -12,7 +12,7 @@
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet fastai==2.8.12 fastcore==2.2.39 fasttransform==0.0.5 \
+"$dir/venv/bin/pip" install --quiet fastai==2.8.12 fastcore==2.2.39 fasttransform==0.0.5 plum-dispatch==2.9.0 \
     torch==2.14.1 torchvision==0.29.1 numpy==2.4.6
 export HOME="$dir"; cd "$dir"
 venv/bin/python - <<'EOF'

@@ -1,0 +1,232 @@
+"""Changed experiments of the kinds that used to end with wrong numbers in a finished report."""
+import errno
+import json
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+from conftest import SIX_EPOCHS, args, disturbed
+from fastai.callback.mixup import MixUp
+from fastai.vision.all import (
+    Callback,
+    CancelFitException,
+    CSVLogger,
+    EarlyStoppingCallback,
+    GradientAccumulation,
+    ReduceLROnPlateau,
+    RocAuc,
+    SaveModelCallback,
+    error_rate,
+)
+from kill import differences
+
+import predict
+from lab.results import save_results
+from lab.runs import Run, load_state
+from predict import load_run
+from train_fastai import Options, get_dls, get_learner, main
+
+pytestmark = pytest.mark.usefixtures('no_pictures')
+# Of a monitored loss, no epoch is an improvement by 10
+Plateau = partial(ReduceLROnPlateau, min_delta=10., patience=2)
+Stop = partial(EarlyStoppingCallback, min_delta=10., patience=4)
+
+
+def experiment(fit, change=lambda learn: None, **options):
+    """Somebody's own experiment: a run whose training is `fit(learn, checkpoint)` with a learner that is changed."""
+    with Run(Options(**options)) as run:
+        dls = get_dls(**run.find_images())
+        run.claim_folder(dls)
+        learn = get_learner(dls, precision=run.precision, path=run.folder/'learner')
+        change(learn)
+        fit(learn, lambda: run.checkpoint(*run.lrs))
+        save_results(run, learn)
+    return learn
+
+
+def one_cycle(*cbs):
+    return lambda learn, checkpoint: learn.fit_one_cycle(6, 1e-2, cbs=[checkpoint(), *(cb() for cb in cbs)])
+
+
+@pytest.fixture
+def options(folder, tmp_path): return dict(data=folder, out=tmp_path/'run', precision='fp32', **SIX_EPOCHS)
+
+
+def read_metrics(out) -> dict:
+    def refuse(constant): raise ValueError(f'{constant} is no JSON')
+    return json.loads((out/'metrics.json').read_text(), parse_constant=refuse)
+
+
+def check_results(out, folder, capsys) -> dict:
+    """Every result must be that of the weights that are written, as predict.py and fastai compute it from them."""
+    m, learn = read_metrics(out), load_run(out, folder)
+    assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']], abs=1e-5)
+    capsys.readouterr()
+    predict.main(args(out, folder/'test', csv=True))
+    predicted = pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out))
+    predicted['file'] = [f.removeprefix(f'{folder}/') for f in predicted.file]
+    wrong = pd.read_csv(out/'misclassified.csv').set_index('file').probability
+    theirs = predicted[predicted['class'] != predicted.actual].set_index('file').probability
+    assert dict(wrong) == pytest.approx(dict(theirs), abs=1e-5)
+    assert (predicted['class'] == predicted.actual).mean() == pytest.approx(m['test_accuracy'])
+    for text in ((out/'report.md').read_text(), (out/'errors.html').read_text()):
+        assert f'{100 * m["test_accuracy"]:.2f} %' in text
+    return m
+
+
+@pytest.mark.parametrize('monitor', ['valid_loss', 'accuracy'])
+def test_weights_that_were_loaded_back_are_those_reported(options, folder, capsys, monitor):
+    """A1: the best epoch's weights, not those of the last test."""
+    learn = experiment(one_cycle(partial(SaveModelCallback, monitor=monitor)), **options)
+    rows = pd.DataFrame(learn.history.rows)
+    best = rows.test_loss.argmin() if monitor == 'valid_loss' else rows.test_accuracy.argmax()
+    m = check_results(options['out'], folder, capsys)
+    assert m['weights_of_epoch'] == best + 1 < 6
+    assert m['test_loss'] == pytest.approx(rows.test_loss[best], abs=1e-5)
+    assert f'tested after epoch {best + 1}' in (options['out']/'report.md').read_text()
+
+
+def test_weights_that_were_changed_after_the_last_test(options, folder, capsys):
+    def fit(learn, checkpoint):
+        one_cycle()(learn, checkpoint)
+        with torch.no_grad(): learn.model.fc.weight.neg_()
+    experiment(fit, **options)
+    assert check_results(options['out'], folder, capsys)['weights_of_epoch'] is None
+    assert 'changed after the last test' in (options['out']/'report.md').read_text()
+
+
+def other_metrics(learn): learn.metrics = [error_rate, RocAuc()]
+def no_metrics(learn): learn.metrics = []
+def train_metrics(learn): learn.recorder.train_metrics = True
+
+
+
+@pytest.mark.parametrize('change', [other_metrics, no_metrics, train_metrics])
+def test_accuracy_is_computed_not_looked_up(options, folder, capsys, change):
+    """A2."""
+    rows = experiment(one_cycle(), change, **options).history.rows
+    m = check_results(options['out'], folder, capsys)
+    assert (m['test_accuracy'], m['weights_of_epoch']) == (rows[-1]['test_accuracy'], 6)
+
+
+def compiled(learn): learn.model = torch.compile(learn.model, backend='eager')
+def in_parallel(learn): learn.model = torch.nn.DataParallel(learn.model)
+
+
+@pytest.mark.parametrize('change', [compiled, in_parallel])
+def test_a_network_inside_another_is_written_plain(options, folder, tmp_path, capsys, change):
+    """A3; the plain network's run has the same numbers, and a run that was killed is resumed."""
+    experiment(one_cycle(), **options | dict(out=tmp_path/'plain'))
+    experiment(one_cycle(), change, **options)
+    plain, ours = (load_state(tmp_path/name/'model.pth') for name in ('plain', 'run'))
+    assert list(plain) == list(ours)
+    assert differences(tmp_path/'plain', tmp_path/'run') == []
+    assert check_results(options['out'], folder, capsys)['recipe']['network'] == 'ResNet'
+    with disturbed(interrupt), pytest.raises(KeyboardInterrupt):
+        experiment(one_cycle(), change, **options | dict(out=tmp_path/'resumed'))
+    experiment(one_cycle(), change, resume=tmp_path/'resumed')
+    assert differences(tmp_path/'plain', tmp_path/'resumed') == []
+
+
+def interrupt(): raise KeyboardInterrupt
+
+
+class CancelFit(Callback):
+    """Cancels a fit in the third batch of the fourth epoch."""
+    def before_batch(self):
+        if self.training and self.epoch == 3 and self.iter == 2: raise CancelFitException
+
+
+@pytest.mark.parametrize(('cb', 'batches'), [(Stop, 12), (CancelFit, 11)])
+def test_a_fit_that_ends_early(options, folder, capsys, cb, batches):
+    """A4: what is reported is what was recorded."""
+    experiment(one_cycle(cb), **options)
+    m, out = check_results(options['out'], folder, capsys), options['out']
+    history, schedule = pd.read_csv(out/'history.csv'), pd.read_csv(out/'schedule.csv')
+    epochs = batches // 3
+    assert (m['epochs'], len(history), len(schedule)) == (epochs, epochs, batches)
+    assert m['train_accuracy'] == pytest.approx(history.train_accuracy.iloc[-1])
+    report = (out/'report.md').read_text()
+    assert f'The run ended after {epochs} epochs; 6 were planned.' in report
+    assert 'no annihilation' not in report
+
+
+def two_fits(learn, checkpoint):
+    learn.fit(2, 1e-3, cbs=checkpoint())
+    learn.fit_one_cycle(2, 1e-2, cbs=checkpoint())
+
+
+def find_between(learn, checkpoint):
+    learn.fit(2, 1e-3, cbs=checkpoint())
+    learn.fit_one_cycle(3, learn.lr_find(show_plot=False).valley, cbs=checkpoint())
+
+
+def one_checkpoint_for_all(learn, checkpoint):
+    learn.add_cb(checkpoint())
+    learn.lr_find(show_plot=False)
+    two_fits(learn, list)
+
+
+def fine_tune(learn, checkpoint): learn.fine_tune(2, 1e-2, freeze_epochs=3, cbs=checkpoint())
+def new_optimizer(learn, checkpoint):
+    learn.fit(2, 1e-3, cbs=checkpoint())
+    learn.fit(3, 1e-3, reset_opt=True, cbs=checkpoint())
+
+
+def flat_then_cosine(learn, checkpoint): learn.fit_flat_cos(5, 1e-3, cbs=checkpoint())
+def restarts(learn, checkpoint): learn.fit_sgdr(2, 2, lr_max=1e-3, cbs=checkpoint())
+def plateau(learn, checkpoint): learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau()])
+
+
+FITS = dict(two_fits=two_fits, find_between=find_between, one_checkpoint_for_all=one_checkpoint_for_all,
+            fine_tune=fine_tune, new_optimizer=new_optimizer, flat_then_cosine=flat_then_cosine, restarts=restarts,
+            plateau=plateau, best=one_cycle(SaveModelCallback), stop=one_cycle(Stop),
+            best_and_stop=one_cycle(partial(SaveModelCallback, monitor='accuracy'), Stop),
+            accumulation=one_cycle(partial(GradientAccumulation, n_acc=20)), mixup=one_cycle(MixUp))
+
+
+@pytest.fixture(scope='module')
+def wholes(): return {}
+
+
+@pytest.mark.parametrize('epoch', [1, 3])
+@pytest.mark.parametrize('name', FITS)
+def test_a_resumed_run_ends_like_the_whole(options, wholes, tmp_path_factory, capsys, name, epoch):
+    """B5 and B6: several fits, of which either is interrupted, and callbacks with a state."""
+    if name not in wholes:
+        whole = tmp_path_factory.mktemp(name)/'whole'
+        wholes[name] = whole, experiment(FITS[name], **options | dict(out=whole))
+    (whole, one), out = wholes[name], options['out']
+    with disturbed(interrupt, epoch), pytest.raises(KeyboardInterrupt): experiment(FITS[name], **options)
+    other = experiment(FITS[name], resume=out)
+    assert differences(whole, out) == []
+    assert read_metrics(whole)['epochs'] == read_metrics(out)['epochs']
+    assert other.opt.hypers[0]['lr'] == one.opt.hypers[0]['lr']
+    ours, theirs = ({f.relative_to(o): f.read_bytes() for f in o.rglob('*') if 'learner' in f.parts and f.is_file()}
+                    for o in (out, whole))
+    assert ours == theirs
+
+
+def test_what_fastai_saves_by_default_is_no_file_of_the_run(options, folder, tmp_path):
+    """D11: neither in a run nor in the learner of a finished one, which writes over nothing."""
+    experiment(one_cycle(CSVLogger, SaveModelCallback), **options)
+    out = options['out']
+    assert len(pd.read_csv(out/'history.csv')) == 6
+    assert list(pd.read_csv(out/'learner/history.csv').epoch) == list(range(6))
+    before = {f: f.read_bytes() for f in out.iterdir() if f.is_file()}
+    learn = load_run(out, folder)
+    learn.fit(1, 1e-4, cbs=[CSVLogger(), SaveModelCallback(fname='../model')])
+    learn.export()
+    learn.save('model')
+    assert {f: f.read_bytes() for f in out.iterdir() if f.is_file()} == before
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(options, monkeypatch, capsys, number):
+    """E13."""
+    def refuse(*_): raise OSError(number, 'no locks')
+    monkeypatch.setattr('fcntl.flock', refuse)
+    main(args(**options))
+    assert 'cannot be locked' in capsys.readouterr().err
+    assert (options['out']/'model.pth').exists()
