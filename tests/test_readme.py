@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from experiments.page import format_percent
 from fastai.learner import Learner
 from fastcore.script import anno_parser
 from PIL import Image
@@ -14,7 +15,6 @@ from PIL import Image
 import predict
 import train_fastai
 from arch import ResNet
-from experiments.page import format_percent
 from experiments.repeat import load_results
 from lab.loader import list_augmentations
 from train_fastai import Options
