@@ -1,20 +1,21 @@
 import json
+import os
 import re
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 from conftest import ROOT, ends, make_folder
 from fastai.callback.core import Callback
-from fastai.learner import Learner
 
 import train_fastai
 from experiments import repeat, speed
-from experiments.repeat import ARMS, COLUMNS, RECIPE, format_percent, load_results, tabulate
+from experiments.repeat import ARMS, RECIPE, format_percent, load_results, tabulate
+from lab.speed import fast
 from train_fastai import find_lrs, get_dls, get_learner
 
 README = (ROOT/'README.md').read_text()
@@ -26,16 +27,18 @@ def results() -> pd.DataFrame: return load_results(ROOT/'experiments')
 
 
 @pytest.fixture
-def options(tmp_path) -> dict: return dict(data=str(make_folder(tmp_path/'d', train=20)), out=tmp_path/'out', epochs=1, bs=6)
+def options(tmp_path) -> dict:
+    return dict(data=str(make_folder(tmp_path/'d', train=20)), out=tmp_path/'out', epochs=1, bs=6)
 
 
 def test_recipes_on_held_out_images_add_rows_once(options, tmp_path):
-    repeat.main('ingredients', arms='default,lr-max-half-wd-0.4', seeds='1,2', **options)
+    arms = ['default', 'lr-max-half-wd-0.4']
+    repeat.main('ingredients', arms=','.join(arms), seeds='1,2', **options)
     runs = load_results(options['out'])
-    assert [*zip(runs.seed, runs.arm, strict=True)] == [(s, a) for s in (1, 2) for a in ('default', 'lr-max-half-wd-0.4')]
+    assert [*zip(runs.seed, runs.arm, strict=True)] == [*product((1, 2), arms)]
     assert {*zip(runs.train_images, runs.test_images, runs.ema, strict=True)} == {(54, 6, 0.99)}
     held_out = repeat.hold_out(tmp_path/'d', tmp_path/'held-out')
-    found = find_lrs(get_learner(get_dls(held_out, bs=6), seed=2, path=tmp_path))
+    with fast(get_learner(get_dls(held_out, bs=6), seed=2, path=tmp_path)) as learn: found = find_lrs(learn)
     for r, factor, wd in zip(runs[2:].itertuples(), (1, 1/2), (0.1, 0.4), strict=True):
         assert (r.lr_min, r.lr_max, r.wd) == pytest.approx((found[0], factor * found[1], wd))
         assert r.div_final == pytest.approx(r.lr_max / r.lr_min)
@@ -102,7 +105,8 @@ def test_the_tables_of_results(tmp_path):
                  lr_max=2e-3, ema=0.99, accuracy=a, accuracy_flip=a, train_accuracy=0.98, first_epoch_over_90=9,
                  device=f'cpu, X, {seed} threads', torch='2.14.1+cpu', commit='abc')
             for t, arm, seed, a in (('seeds', 'experiment', 1, 0.94), ('seeds', 'experiment', 2, 0.93),
-                                    ('test', 'default', 1, 0.94), ('test', 'wd-0.2', 1, 0.95), ('test', 'wd-0.2', 2, 0.97))]
+                                    ('test', 'default', 1, 0.94), ('test', 'wd-0.2', 1, 0.95),
+                                    ('test', 'wd-0.2', 2, 0.97))]
     for row in rows: repeat.add_row(tmp_path, row)
     seeds, test = (tabulate(load_results(tmp_path), name).splitlines() for name in ('seeds', 'test'))
     assert seeds[4] == '| 1 | 1.00e-04 | 2.00e-03 | 98.00 % | 94.00 % | 94.00 % | 9 | abc |'
@@ -143,35 +147,31 @@ def test_every_mean_with_its_deviation_is_of_the_results(results):
     assert format_percent(h100.accuracy) in train_fastai.__doc__
 
 
-def test_a_batch_is_measured_also_in_another_checkout(folder, tmp_path, monkeypatch, capsys):
+def test_another_checkout_is_what_is_measured(tmp_path):
+    (tmp_path/'train_fastai.py').write_text("raise SystemExit('another version')")
+    found = subprocess.run([sys.executable, speed.__file__], env=os.environ | dict(PYTHONPATH=str(tmp_path)),
+                           capture_output=True, text=True)
+    assert found.stderr == 'another version\n'
+
+
+def test_every_row_of_the_speed_table_is_measured(folder, tmp_path, monkeypatch, capsys):
     """That it runs; how fast anything is, no test should say."""
-    (tmp_path/'train_fastai.py').write_text("""
-import types
-def get_dls(data, bs, every): return types.SimpleNamespace(train=[0] * 9)
-class get_learner:
-    def __init__(self, dls, precision, path): self.x = __import__('torch').zeros(1)
-    def no_bar(self): return __import__('contextlib').nullcontext()
-    no_logging = no_bar
-    def fit_one_cycle(self, n, lr, cbs):
-        cbs.learn = self
-        for _ in range(n * 9): cbs.before_batch()
-""")
-    started, start = [], subprocess.run
-    def run(command, env, **kwargs):
-        started.append(env['PYTHONPATH'])
-        if env['PYTHONPATH'] == str(tmp_path): return start(command, env=env, **kwargs)
+    started = []
+    def run(command, env, **kwargs):  # in this process: to start another takes seconds
+        started.append((command[2].removeprefix('--row='), env['PYTHONPATH']))
         capsys.readouterr()
-        speed.main(**dict(o[2:].split('=', 1) for o in command[2:]) | dict(batches=2, bs=6))  # a process takes seconds
+        speed.main(row=started[-1][0], data=str(folder), batches=2, bs=6)
         return SimpleNamespace(stdout=capsys.readouterr().out)
     monkeypatch.setattr(speed.subprocess, 'run', run)
     monkeypatch.setattr(speed, 'get_dls', lambda data, bs, every: get_dls(data, bs))
-    speed.main(data=str(folder), batches=2, bs=6, rounds=1, before=str(tmp_path), out=tmp_path/'runs/speed.csv')
-    table = pd.read_csv(tmp_path/'runs/speed.csv', index_col='row')
-    assert {'plain float32', '+ channels-last', speed.FIT, speed.FIT_BEFORE} < {*table.index}
+    speed.main(rounds=1, before=str(tmp_path), out=tmp_path/'runs/speed.csv')
+    table, printed = pd.read_csv(tmp_path/'runs/speed.csv', index_col='row'), capsys.readouterr().out
+    *rows, ratio = table.index
+    assert {'plain float32', '+ channels-last', speed.FIT, speed.FIT_BEFORE} < {*rows}
+    assert dict(started) == dict.fromkeys(rows, str(ROOT)) | {speed.FIT_BEFORE: str(tmp_path)}
     assert (table.ratio > 0).all()
     assert table.ratio['plain float32'] == 1
-    assert started == [str(ROOT)] * (len(table) - 2) + [str(tmp_path)]
-    for name, r in table.ratio.items(): assert f'| {name} | {r:.2f} | {r:.2f} to {r:.2f} |' in capsys.readouterr().out
+    for name, r in table.ratio.items(): assert f'| {name} | {r:.2f} | {r:.2f} to {r:.2f} |' in printed
 
 
 def test_the_speed_tables_are_those_that_were_measured():
