@@ -95,7 +95,8 @@ def draw_misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
 def draw_top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest `losses`, (N,) float on the CPU."""
     interp = ClassificationInterpretation(learn, learn.dls.valid, losses)  # from_learner would test once more
-    interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
+    with learn.no_bar():
+        interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     for ax in plt.gcf().axes:
         parts = [short(part) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability
         ax.set_title(' / '.join(parts), fontsize=10)
