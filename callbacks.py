@@ -135,14 +135,15 @@ class Misclassified(TrainingCallback):
 
 class StopOnNaN(TrainingCallback):
     """Ends a fit after an epoch, or its test, whose loss was not finite, by `RunError`. No batch waits for a GPU."""
-    order = AFTER_RECORDER
+    order, finite = AFTER_RECORDER, None  # outside an epoch, as in `learn.validate()`
 
     def before_train(self): self.finite = []
 
-    def after_batch(self): self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
+    def after_batch(self):
+        if self.finite is not None: self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
 
     def after_train(self):
-        finite, self.finite = [bool(o) for o in self.finite], []
+        finite, self.finite = [bool(o) for o in self.finite or ()], [] if self.training else None
         if all(finite): return
         at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
         raise RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; lower --lr-max (the rate is '

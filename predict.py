@@ -90,8 +90,9 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
     """
     def refuse(e: OSError): raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
     files = []
-    for path in map(Path, paths):
-        if not path.exists(): raise InputError(f'"{path}" does not exist')
+    for path in paths:
+        if not os.path.exists(path): raise InputError(f'"{path}" does not exist')
+        path = Path(path)
         for _ in os.walk(path, onerror=refuse if path.is_dir() else None): pass  # what may not be read is not left out
         found = list_images(path) if path.is_dir() else [path]
         if not found: raise InputError(f'{path} holds no images')

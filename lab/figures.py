@@ -44,7 +44,7 @@ def draw_schedule(rows: list[dict], batches_per_epoch: float) -> Figure:
     top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
     epochs = top.secondary_xaxis('top', functions=(lambda b: b / batches_per_epoch, lambda e: e * batches_per_epoch))
     epochs.set_xlabel('epoch')
-    epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    epochs.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bottom.plot(batch, momentum, color='black')
     bottom.set(xlabel='iteration (training batch)', ylabel='momentum (β₁)')
     for ax in (top, bottom): ax.grid(alpha=0.3)
@@ -64,7 +64,7 @@ def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 
             ax.plot(epoch, [row[f'{split}_{name}'] for row in rows], color=color, marker=marker, markersize=4,
                     label=f'training (augmented{smoothed})' if split == 'train' else 'test')
         ax.set(xlabel='epoch', ylabel=name, xlim=(0.5, len(rows) + 0.5))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.grid(alpha=0.3)
     left.set(title='Loss', ylabel='loss (nats)')
     right.axhline(target, color=MARK, linestyle='--', label=f'target, {100 * target:.0f} %')
@@ -95,7 +95,8 @@ def draw_misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
 def draw_top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest `losses`, (N,) float on the CPU."""
     interp = ClassificationInterpretation(learn, learn.dls.valid, losses)  # from_learner would test once more
-    interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
+    with learn.no_bar():
+        interp.plot_top_losses(min(n, len(interp.losses)), figsize=(10, 9.5), interpolation='nearest')
     for ax in plt.gcf().axes:
         parts = [short(part) for part in ax.get_title().split('/')]  # prediction/actual/loss/probability
         ax.set_title(' / '.join(parts), fontsize=10)
@@ -112,6 +113,7 @@ def draw_confusions(targets: Tensor, predicted: Tensor, vocab: list[str]) -> Fig
         xticks_rotation='vertical', cmap='Blues', colorbar=False, ax=ax)
     errors = display.confusion_matrix - np.diag(display.confusion_matrix.diagonal())
     display.im_.set_clim(0, 2 * errors.max() or 1)  # beside the diagonal errors would be hard to see
+    ax.tick_params(labelsize=min(10, 500 / len(vocab)))
     ax.set(xlabel='predicted', ylabel='actual', title='Confusion matrix of the test set')
     return fig
 

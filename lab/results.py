@@ -94,6 +94,7 @@ def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds:
     `seconds` are those that the finder took; forward passes alone, as in a test, take about a third.
     """
     if rank_distrib(): return
+    if show_progress(): print()  # the finder stops within an epoch, and its bar stays
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3
     forecast(run.options.epochs, run.options.epochs * batches * seconds / len(learn.recorder.lrs))
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))

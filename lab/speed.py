@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab.errors import InputError
 from lab.optim import match_layout
-from lab.winograd import WinogradConv2d, is_plain_3x3, wins
+from lab.winograd import WinogradConv2d, fits_winograd, is_plain_3x3
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -108,7 +108,7 @@ def faster_class(conv: nn.Module, learn: Learner) -> type | None:
     if not is_plain_3x3(conv) or conv.weight.device.type != 'cpu': return None
     if hasattr(learn, 'mixed_precision'):
         return SideBySideConv2d if torch.cpu.get_capabilities().get('amx_bf16') else None
-    return WinogradConv2d if wins(conv) else None
+    return WinogradConv2d if fits_winograd(conv) else None
 
 
 def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
@@ -125,6 +125,8 @@ def fast_layout(learn: Learner):
         yield
         return
     convs = {m: cls for m in model.modules() if (cls := faster_class(m, learn))}
+    if WinogradConv2d in convs.values() and torch.get_float32_matmul_precision() != 'highest':
+        print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
     plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose another layout
     hook = model.register_state_dict_post_hook(make_contiguous)
     try:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 POINTS = 0, 5/8, -5/8, 3/2, -3/2  # and infinity; half the rounding error of the paper's 0, ±1, ±2
-MIN_CHANNELS = 64  # with fewer, transforming the tiles takes longer than the multiplications that it saves
+MIN_CHANNELS = MIN_TILES = 64  # below, the transforms take longer than the multiplications that they save
 
 
 def evaluate(k: int) -> Tensor:
@@ -23,11 +23,8 @@ RESULT, WEIGHT, PIXELS = evaluate(4), evaluate(3), evaluate(6).inverse().T  # th
 
 
 def convolve_tile(tile: Tensor, weight: Tensor) -> Tensor:
-    """What this file computes, in the paper's notation: tile (C, 6, 6), weight (C', C, 3, 3) → (C', 4, 4), float64."""
+    """What this file computes, as the paper has it: tile (C, 6, 6), weight (C', C, 3, 3) → (C', 4, 4), all float64."""
     return RESULT.T @ ((WEIGHT @ weight @ WEIGHT.T) * (PIXELS @ tile @ PIXELS.T)).sum(1) @ RESULT
-
-
-def both_ways(matrix: Tensor, x: Tensor) -> Tensor: return torch.kron(matrix, matrix).to(x.dtype)
 
 
 def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tensor:
@@ -37,7 +34,7 @@ def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tenso
 
 def transform_weight(weight: Tensor) -> Tensor:
     """(C', C, 3, 3) → (C', 36, C)."""
-    return transform(both_ways(WEIGHT, weight), weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1))
+    return transform(torch.kron(WEIGHT, WEIGHT).to(weight), weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1))
 
 
 def in_tiles(x: Tensor) -> Tensor:
@@ -47,29 +44,27 @@ def in_tiles(x: Tensor) -> Tensor:
 
 
 class Chunk:
-    """Memory for the tiles of `n` images, small enough to stay in the cache, and every view of it that a step needs.
+    """The T tiles of `n` images (N, H, W, C) like `x`: memory that stays in the cache, and all views that a step needs.
 
-    `x` (N, H, W, C) and `c_out` say of what shape and dtype. Values lie by tile, (T, 36, C), as transforms write them, or
-    by point, (36, T, C), as products do, never both at once. By tile a 37th row, of zeros, keeps the rows of a point from
-    meeting in few sets of the cache.
+    Values of inputs, `x`, and outputs, `y`, lie by tile, (T, 36, C), where a transform wrote them, or else by point,
+    (36, T, C), where a product did. By tile a 37th row, of zeros, keeps a point's rows from the same few cache sets.
     """
 
     def __init__(self, x: Tensor, n: int, c_out: int):
         h, w, c = x.shape[1:]
         t = n * h * w // 16
-        pixels, result = both_ways(PIXELS, x), both_ways(RESULT, x)
-        self.whole = t == n  # a map of one tile: all around it is padding
-        if self.whole: pixels = pixels.view(36, 6, 6)[:, 1:5, 1:5].reshape(36, 16)
+        pixels, result = torch.kron(PIXELS, PIXELS).to(x), torch.kron(RESULT, RESULT).to(x)
+        self.single = t == n  # a map of one tile: all around it is padding
+        if self.single: pixels = pixels.view(36, 6, 6)[:, 1:5, 1:5].reshape(36, 16)
+        else:
+            padded, tiles = x.new_zeros(n, h + 2, w + 2, c), x.new_empty(n, h // 4, w // 4, 6, 6, c)
+            self.inner, self.windows = padded[:, 1:-1, 1:-1], padded.unfold(1, 6, 4).unfold(2, 6, 4).movedim(3, -1)
+            self.tiles, self.pixels, self.own = tiles, tiles.view(t, 36, c), tiles[:, :, :, 1:5, 1:5]
+            across = tiles[:, :, :, 1:5].transpose(1, 2).transpose(3, 4)
+            self.shared = [pair for o in (tiles, across) for pair in ((o[:, :-1, :, 4], o[:, 1:, :, 0]),
+                                                                     (o[:, 1:, :, 1], o[:, :-1, :, 5]))]
         self.from_pixels, self.to_pixels = F.pad(pixels, (0, 0, 0, 1)), pixels.T
         self.from_result, self.to_result = F.pad(result, (0, 0, 0, 1)), result.T
-        if not self.whole:
-            padded, tiles = x.new_zeros(n, h + 2, w + 2, c), x.new_empty(n, h // 4, w // 4, 6, 6, c)
-            self.inner, self.tiles, self.pixels = padded[:, 1:-1, 1:-1], tiles, tiles.view(t, 36, c)
-            self.windows = padded.unfold(1, 6, 4).unfold(2, 6, 4).permute(0, 1, 2, 4, 5, 3)
-            rows = tiles[:, :, :, 1:5]  # of the 4×4 pixels that are the tile's own
-            self.shared = ((tiles[:, :-1, :, 4], tiles[:, 1:, :, 0]), (tiles[:, 1:, :, 1], tiles[:, :-1, :, 5]),
-                           (rows[:, :, :-1, :, 4], rows[:, :, 1:, :, 0]), (rows[:, :, 1:, :, 1], rows[:, :, :-1, :, 5]))
-            self.own = rows[..., 1:5, :]
         self.result = x.new_empty(t, 16, c_out)
         self.result_tiles = self.result.view(n, h // 4, w // 4, 4, 4, c_out)
         self.x, self.y = x.new_empty(t, 37, c), x.new_empty(t, 37, c_out)
@@ -77,45 +72,45 @@ class Chunk:
         self.x_by_point, self.y_by_point = (v.view(37, t, -1)[:36] for v in (self.x, self.y))
 
     def read(self, x: Tensor):
-        """Images `x` (n, H, W, C) → their values at the points, `x_by_tile`."""
-        if not self.whole:
+        """Images `x` (n, H, W, C) → `x_by_tile`."""
+        if not self.single:
             self.inner.copy_(x)
             self.tiles.copy_(self.windows)
-        transform(self.from_pixels, x.view(-1, 16, x.shape[3]) if self.whole else self.pixels, out=self.x)
+        transform(self.from_pixels, x.view(-1, 16, x.shape[3]) if self.single else self.pixels, out=self.x)
 
     def write_gradient(self, out: Tensor):
         """`x_by_point` → `out` (n, H, W, C), the transposed of `read`: what tiles have in common is summed."""
-        by_tile, own = self.x_by_point.transpose(0, 1), out.view(-1, 16, out.shape[3]) if self.whole else self.pixels
-        transform(self.to_pixels, by_tile, out=own)
-        if self.whole: return
+        pixels = out.view(-1, 16, out.shape[3]) if self.single else self.pixels
+        transform(self.to_pixels, self.x_by_point.transpose(0, 1), out=pixels)
+        if self.single: return
         for mine, others in self.shared: mine.add_(others)
         in_tiles(out).copy_(self.own)
 
 
-def chunks(c_out: int, x: Tensor, *others: Tensor):
-    """Yields a `Chunk` and its images of `x` (N, H, W, C) and of `others`, for all of them in turn.
+def in_chunks(c_out: int, x: Tensor, *others: Tensor):
+    """Yields a `Chunk` with its images of `x` (N, H, W, C) and of `others`, until all had their turn.
 
-    At 64 tiles the values stay in a core's cache. Large weights, read once a chunk, need more tiles to be worth it. The
-    size depends on the layer alone, so that results do not depend on the machine.
+    64 tiles stay in a core's cache; large weights, read once a chunk, need more of them to be worth it. A fixed size
+    keeps results from depending on the machine.
     """
-    c, size = None, max(1, max(64, x.shape[3] * c_out // 512) * 16 // x[0, :, :, 0].numel())
-    for parts in zip(*(o.split(size) for o in (x, *others)), strict=True):
-        if c is None or len(parts[0]) < size: c = Chunk(x, len(parts[0]), c_out)
-        yield c, *parts
+    chunk, n = None, max(1, (64 if x.shape[3] < 256 else 256) * 16 // (x.shape[1] * x.shape[2]))
+    for parts in zip(*(o.split(n) for o in (x, *others)), strict=True):
+        if chunk is None or len(parts[0]) < n: chunk = Chunk(x, len(parts[0]), c_out)
+        yield chunk, *parts
 
 
 def nhwc(x: Tensor) -> Tensor: return x.permute(0, 2, 3, 1).contiguous()
 
 
 class Winograd(torch.autograd.Function):
-    """x (N, C, H, W), weight (C', C, 3, 3) → (N, C', H, W) in channels-last memory; H, W multiples of four; on a CPU."""
+    """x (N, C, H, W), weight (C', C, 3, 3) → (N, C', H, W) in channels-last memory; sides are multiples of four."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         x, u = nhwc(x), transform_weight(weight).permute(1, 2, 0)
         out = x.new_empty(*x.shape[:3], len(weight))
-        for c, x_part, out_part in chunks(len(weight), x, out):
+        for c, x_part, out_part in in_chunks(len(weight), x, out):
             c.read(x_part)
             torch.bmm(c.x_by_tile, u, out=c.y_by_point)
             transform(c.to_result, c.y_by_point.transpose(0, 1), out=c.result)
@@ -125,33 +120,34 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, weight), (x_too, weight_too) = ctx.saved_tensors, ctx.needs_input_grad
-        x, grad, u = nhwc(x), nhwc(grad), transform_weight(weight).transpose(0, 1)
-        grad_x, grad_u = torch.empty_like(x), torch.zeros_like(u, memory_format=torch.contiguous_format)
-        for c, x_part, grad_part, grad_x_part in chunks(len(weight), x, grad, grad_x):
+        (x, weight), (wants_x, wants_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        x, u = nhwc(x), transform_weight(weight).transpose(0, 1)
+        grad_x, grad_u = torch.empty_like(x), u.new_zeros(u.shape)
+        for c, x_part, grad_part, grad_x_part in in_chunks(len(weight), x, nhwc(grad), grad_x):
             c.result_tiles.copy_(in_tiles(grad_part))
             transform(c.from_result, c.result, out=c.y)
-            if weight_too:
+            if wants_weight:
                 c.read(x_part)
                 grad_u.baddbmm_(c.y_by_tile.transpose(1, 2), c.x_by_tile)
-            if x_too:
+            if wants_x:
                 torch.bmm(c.y_by_tile, u, out=c.x_by_point)
                 c.write_gradient(grad_x_part)
-        grad_weight = transform(both_ways(WEIGHT, x).T, grad_u.transpose(0, 1)).view(len(weight), 3, 3, -1)
-        return grad_x.permute(0, 3, 1, 2) if x_too else None, grad_weight.permute(0, 3, 1, 2) if weight_too else None
+        grad_weight = transform(torch.kron(WEIGHT, WEIGHT).to(x).T, grad_u.transpose(0, 1)).view(len(weight), 3, 3, -1)
+        grads = grad_x.permute(0, 3, 1, 2), grad_weight.permute(0, 3, 1, 2)
+        return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 class WinogradConv2d(nn.Conv2d):
     """A 3×3 convolution that `fits_winograd`: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`, in channels-last memory.
 
-    Inputs that it is not made for are convolved directly: other than float32 on a CPU, autocast, sides that are no
-    multiples of four. So are all if products may be rounded further: transformed ones would lose most of their digits.
+    Direct, as ever, for what it is not made for: other than float32 on a CPU, autocast, sides that are no multiples of
+    four, very few pixels; and where products may be rounded further: transformed ones would lose most of their digits.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        fits = (x.dim() == 4 and x.dtype == self.weight.dtype == torch.float32 and x.device.type == 'cpu' and len(x)
-                and x.shape[2] % 4 == x.shape[3] % 4 == 0 and not torch.is_autocast_enabled('cpu')
-                and torch.get_float32_matmul_precision() == 'highest')
+        fits = (x.dim() == 4 and x.dtype == self.weight.dtype == torch.float32 and x.device.type == 'cpu'
+                and x.shape[2] % 4 == x.shape[3] % 4 == 0 and len(x) * x.shape[2] * x.shape[3] >= 16 * MIN_TILES
+                and not torch.is_autocast_enabled('cpu') and torch.get_float32_matmul_precision() == 'highest')
         if not fits: return super().forward(x)
         return Winograd.apply(x.as_subclass(Tensor), self.weight).as_subclass(type(x))
 
@@ -163,6 +159,6 @@ def is_plain_3x3(module: nn.Module) -> bool:
         == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
 
 
-def wins(conv: nn.Conv2d) -> bool:
-    """Whether Winograd's products save `conv`, a plain 3×3, more time than they cost."""
-    return min(conv.weight.shape[:2]) >= MIN_CHANNELS and torch.get_float32_matmul_precision() == 'highest'
+def fits_winograd(module: nn.Module) -> bool:
+    """Whether `WinogradConv2d` computes what the convolution `module` does, and sooner."""
+    return is_plain_3x3(module) and min(module.weight.shape[:2]) >= MIN_CHANNELS

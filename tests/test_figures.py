@@ -1,15 +1,17 @@
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_folder, one_cycle
+from conftest import one_cycle
 from matplotlib.colors import same_color
 
 from lab import figures
 from lab.loader import decode_images
-from lab.runs import report_once, save_figure
-from train_fastai import get_dls, get_learner
+from lab.results import save_figure
+from train_fastai import get_learner
 
 LRS = [10 ** (-7 + i / 10) for i in range(75)]
 LOSSES = [3 - min(1, i / 50) + max(0, i - 60) for i in range(75)]
@@ -25,17 +27,15 @@ def _close():
 
 
 def texts(fig) -> list[str]:
-    fig.canvas.draw()
+    fig.draw_without_rendering()
     found = fig.findobj(lambda o: isinstance(o, plt.Text) and o.get_visible())
     return [o.get_text() for o in found if o.get_text()]
 
 
 def overlapping(labels) -> bool:
+    """Whether of some texts, beside or above each other, one covers the next."""
     boxes = [o.get_window_extent() for o in labels if o.get_text()]
-    return any(one.x1 > other.x0 for one, other in zip(boxes, boxes[1:], strict=False))
-
-
-def test_importing_changes_nothing_for_other_figures(): assert plt.rcParams['text.parse_math'] is True
+    return any(one.overlaps(other) for one, other in zip(boxes, boxes[1:], strict=False))
 
 
 def test_lr_finder_marks_both_rates():
@@ -57,8 +57,8 @@ def test_schedule_marks_its_peak_with_its_epoch():
     assert (top.get_ylabel(), bottom.get_xlabel()) == ('learning rate', 'iteration (training batch)')
 
 
-def test_history_has_the_90_percent_line_and_says_which_set_is_which():
-    fig = figures.draw_history(HISTORY)
+def test_history_has_both_sets_and_the_target():
+    fig = figures.draw_history(HISTORY, 0.1)
     for ax, name in zip(fig.axes, ('loss', 'accuracy'), strict=True):
         for line, split, color in zip(ax.lines, ('train', 'test'), (figures.TRAIN, figures.TEST), strict=False):
             assert list(line.get_ydata()) == [row[f'{split}_{name}'] for row in HISTORY]
@@ -66,11 +66,20 @@ def test_history_has_the_90_percent_line_and_says_which_set_is_which():
         assert not overlapping(ax.get_xticklabels())
     assert list(fig.axes[1].lines[2].get_ydata()) == [0.9, 0.9]
     shown = texts(fig)
-    assert {'training (augmented)', 'test', 'target, 90 %', 'loss (nats)', 'accuracy', 'epoch'} <= set(shown)
+    names = {'training (augmented)', 'training (augmented, labels smoothed)', 'test', 'target, 90 %', 'loss (nats)'}
+    assert names <= set(shown)
     assert any(f'{100 * HISTORY[-1]["test_accuracy"]:.2f} %' in t for t in shown)
 
 
-def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
+def test_one_epoch_has_whole_epochs_on_the_axis():
+    for ax in figures.draw_history(HISTORY[:1]).axes: assert {*ax.get_xticks()} <= {0, 1, 2}
+    fig = figures.draw_schedule(SCHEDULE[:10], 10)
+    fig.draw_without_rendering()
+    axis, = fig.axes[0].child_axes
+    assert {*axis.get_xticks()} <= {-1, 0, 1, 2}
+
+
+def test_misclassified_images_are_as_in_their_files(folder):
     wrong = pd.DataFrame([dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10)
                           for i in range(3)])
     fig = figures.draw_misclassified(decode_images([folder/file for file in wrong.file]), wrong)
@@ -83,24 +92,7 @@ def test_misclassified_images_are_as_in_their_files_and_labelled(folder):
         assert ax.title.get_parse_math() is False
     assert 'worst of 3' in fig.get_suptitle()
     assert len(fig.axes) == 5, 'an empty line'
-
-
-def test_confusion_matrix_says_every_number_in_text():
-    fig = figures.draw_confusions(np.array([[5, 1], [2, 7]]), ['cat', 'dog'])
-    assert {'5', '1', '2', '7', 'cat', 'dog', 'actual', 'predicted'} <= set(texts(fig))
-    assert fig.axes[0].images[0].get_array().tolist() == [[0, 1], [2, 0]]  # the colour is that of the errors
-
-
-@pytest.mark.parametrize('n', [100, 600])
-def test_names_of_many_classes_do_not_cover_each_other(n):
-    vocab = [f'a class with a long name, {i}' for i in range(n)]
-    fig = figures.draw_confusions(np.eye(n, dtype=int), vocab)
-    fig.draw_without_rendering()
-    ax, = fig.axes
-    labels = ax.get_yticklabels()
-    assert labels[1].get_text() == f'{vocab[n // 50][:19]}…'
-    boxes = [o.get_window_extent() for o in labels]
-    assert not any(lower.y1 > upper.y0 for upper, lower in zip(boxes, boxes[1:], strict=False))
+    assert plt.rcParams['text.parse_math'] is True, 'changed for other figures, too'
 
 
 def test_long_names_do_not_run_into_each_other():
@@ -110,19 +102,35 @@ def test_long_names_do_not_run_into_each_other():
     assert not overlapping([ax.title for ax in fig.axes[:5]])
 
 
-def test_letters_that_no_font_has_are_a_single_line(tmp_path, capsys):
-    for vocab, lines in ((['été', 'красный'], 0), (['\U00013000', '\U00013001'], 1)):
-        report_once.cache_clear()
-        for _ in range(2):
-            save_figure(tmp_path/'x.png', figures.draw_confusions, np.eye(2, dtype=int), vocab)
-        assert capsys.readouterr().err == lines * (
-            'No installed font has all letters of the class names; figures show boxes for the others.\n')
-    assert plt.imread(tmp_path/'x.png').size
+def test_confusion_matrix_says_every_number_in_text():
+    targets, predicted = torch.tensor([0] * 6 + [1] * 9), torch.tensor([0] * 5 + [1] + [0] * 2 + [1] * 7)
+    fig = figures.draw_confusions(targets, predicted, ['cat', 'dog'])
+    assert {'5', '1', '2', '7', 'cat', 'dog', 'actual', 'predicted'} <= set(texts(fig))
+    assert fig.axes[0].images[0].get_array().tolist() == [[5, 1], [2, 7]]
 
 
-def test_fastais_grids_are_not_blurred(tmp_path):
-    learn = get_learner(dls := get_dls(make_folder(tmp_path/'d'), bs=8), precision='fp32', path=tmp_path)
-    for fig in (figures.draw_augmented(dls), figures.draw_top_losses(learn, torch.rand(12))):
+def test_names_of_many_classes_do_not_cover_each_other():
+    vocab = [f'a class with a long name, {i}' for i in range(100)]
+    fig = figures.draw_confusions(torch.arange(100), torch.arange(100), vocab)
+    fig.draw_without_rendering()
+    for axis in (fig.axes[0].xaxis, fig.axes[0].yaxis): assert not overlapping(axis.get_ticklabels())
+
+
+def test_fastais_grids_are_not_blurred(dls, tmp_path):
+    learn = get_learner(dls, precision='fp32')
+    for fig in (figures.draw_augmented(dls, ['FlipLR()']), figures.draw_top_losses(learn, torch.rand(12))):
         images = [image for ax in fig.axes for image in ax.images]
         assert len(images) >= 8
         assert {image.get_interpolation() for image in images} == {'nearest'}
+
+
+def test_figures_of_a_quick_look_say_so(tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(plt.Figure, 'savefig', lambda fig, file, **_: shown.append(texts(fig)))
+    for quick in (True, False):
+        run = SimpleNamespace(folder=tmp_path, options=SimpleNamespace(quick=quick))
+        save_figure(run, 'x.png', figures.draw_history, HISTORY)
+    assert ['a quick look' in o for o in shown] == [True, False]
+    save_figure(run, 'y.png', figures.draw_history, [])
+    assert capsys.readouterr().err.startswith(f'{tmp_path}/y.png was not written: ')
+    assert [o.name for o in tmp_path.iterdir()] == ['x.png']

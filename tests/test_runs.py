@@ -16,7 +16,7 @@ from kill import differences, kill_runs
 from torch import nn
 
 import train_fastai
-from lab import figures, results, runs
+from lab import results, runs
 from lab.errors import InputError, RunError
 from lab.optim import TorchOptimizer
 from lab.runs import Run, atomic_write, load_state, save_csv, save_state
@@ -141,15 +141,15 @@ def test_sigterm_and_resume_from_elsewhere(folder, run, tmp_path, capsys, monkey
     assert differences(run, out) == []
 
 
-@pytest.mark.parametrize(('module', 'name', 'error', 'code'), [
-    (figures, 'draw_misclassified', KeyboardInterrupt(), 130), (results, 'save_csv', OSError(28, 'full'), 1)], ids=str)
-def test_a_run_that_only_lacks_results_is_finished(folder, run, tmp_path, capsys, module, name, error, code):
+@pytest.mark.parametrize(('step', 'error', 'code'), [
+    ('write_page', KeyboardInterrupt(), 130), ('save_csv', OSError(28, 'full'), 1)])
+def test_a_run_that_only_lacks_results_is_finished(folder, run, tmp_path, capsys, no_pictures, step, error, code):
     out = tmp_path/'out'
     def fail(*_):
         try: raise error
         except OSError as e: raise RunError('x.csv: full') from e
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(module, name, fail)
+        m.setattr(results, step, fail)
         line = ends(capsys, code, main, data=folder, out=out, **SIX_EPOCHS)
     assert f'resume it with: python train_fastai.py --resume {out}' in line
     assert not (out/'model.pth').exists()

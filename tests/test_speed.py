@@ -60,18 +60,19 @@ class Break(Callback):
         if self.iter == 1: raise ZeroDivisionError('broken')
 
 
-@pytest.mark.parametrize(('precision', 'amx', 'classes', 'tolerance'), [
-    ('fp32', False, {'WinogradConv2d', 'Conv2d'}, 0.02), ('bf16', True, {'SideBySideConv2d'}, 0.2),
-    ('bf16', False, {'Conv2d'}, 0.2)])
-def test_fast_trains_the_same_and_leaves_it_plain(dls, tmp_path, monkeypatch, precision, amx, classes, tolerance):
+@pytest.mark.parametrize(('precision', 'amx', 'width', 'classes', 'tolerance'), [
+    ('fp32', False, 64, {'WinogradConv2d', 'Conv2d'}, 0.02), ('bf16', True, 8, {'SideBySideConv2d'}, 0.2),
+    ('bf16', False, 8, {'Conv2d'}, 0.2)])
+def test_fast_trains_the_same_and_leaves_it_plain(dls, tmp_path, monkeypatch, precision, amx, width, classes,
+                                                  tolerance):
     set_amx(monkeypatch, amx)
-    learners = [make(dls, ResNet(3, 3, width=64), precision=precision, path=tmp_path) for _ in range(2)]
+    learners = [make(dls, ResNet(3, 3, width=width), precision=precision, path=tmp_path) for _ in range(2)]
     stock, ours = learners
     ours.model.load_state_dict(stock.model.state_dict())
     start = weights(stock)
-    fit(stock, 1)
+    stock.fit(1, 1e-3)
     with fast(ours):
-        fit(ours, 1, cbs=(look := Look()))
+        ours.fit(1, 1e-3, cbs=(look := Look()))
         predicted = ours.get_preds()[0]
     assert_plain(ours)
     assert (look.classes, look.layouts) == (classes, {True})
@@ -89,7 +90,7 @@ def test_fast_trains_the_same_and_leaves_it_plain(dls, tmp_path, monkeypatch, pr
     operations = [str(n.target) for n in torch.export.export(network, (x,)).graph.nodes]
     assert sum('conv2d' in o for o in operations) == 8
     assert not [o for o in operations if any(word in o for word in ('permute', 'transpose', 'pad', 'slice'))]
-    assert sum(p.view(-1).numel() for p in network.parameters()) == 6_569_539, 'views work'
+    assert all(p.view(-1).numel() for p in network.parameters()), 'views work'
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
@@ -167,6 +168,12 @@ def test_a_step_by_hand_after_fast_is_the_right_one(dls, tmp_path):
     assert equal(*ends)
 
 
+class SeeConv(Callback):
+    """Notes what becomes of the convolution of `Views`."""
+    def before_fit(self): self.found = []
+    def after_step(self): self.found.append((type(self.model.conv), self.model.conv.weight.is_contiguous()))
+
+
 class Views(nn.Module):
     def __init__(self):
         super().__init__()
@@ -177,17 +184,12 @@ class Views(nn.Module):
 def test_fast_leaves_layouts_alone_that_are_not_its_own(dls, tmp_path, monkeypatch):
     set_amx(monkeypatch, True)
     learn = make(dls, Views(), precision='bf16', path=tmp_path)
-    with fast(learn): fit(learn, 1, cbs=(seen := Interfere()))
+    with fast(learn): fit(learn, 1, cbs=(seen := SeeConv()))
     assert seen.found == [(nn.Conv2d, True)] * 3
     learn = make(dls, path=tmp_path)
     learn.model.to(memory_format=torch.channels_last)
     with fast(learn): fit(learn, 1)
     assert learn.model.layer2[0].weight.is_contiguous(memory_format=torch.channels_last), 'what somebody chose'
-
-
-class Interfere(Callback):
-    def before_fit(self): self.found = []
-    def after_step(self): self.found.append((type(self.model.conv), self.model.conv.weight.is_contiguous()))
 
 
 def test_fast_twice_within_itself_and_around_a_bare_learner(dls, tmp_path):
@@ -321,7 +323,7 @@ CHANGES = dict(
     backward_pre_hook=lambda learn: learn.model.fc.register_full_backward_pre_hook(lambda *_: None),
     partial_batches=lambda learn: setattr(learn.dls.train, 'drop_last', False),
     accumulation=lambda learn: learn.add_cb(GradientAccumulation(8)),
-    compiled=lambda learn: setattr(learn, 'model', torch.compile(learn.model, backend='eager')))
+    wrapped=lambda learn: setattr(learn, 'model', nn.DataParallel(learn.model)))
 
 
 @pytest.mark.parametrize('change', CHANGES)
