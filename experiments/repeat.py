@@ -7,8 +7,8 @@
     python -m experiments.repeat test --arms default              # the same, trained on all of them, on the test set
     python -m experiments.repeat seeds --table --out experiments  # the table of the published runs
 
-Every finished run adds a row to `results.csv` in the folder --out. A run that has a row is not repeated, and an
-interrupted one continues from its last whole epoch. No decision is based on the test set: `ingredients` never sees it.
+Every finished run adds a row to `results.csv` in the folder --out, and a run that has a row is not repeated. If
+interrupted, `seeds` resumes its run and a recipe starts again. No decision is based on the test set.
 """
 import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
@@ -26,7 +26,7 @@ from lab.evaluate import get_log_probs
 from lab.loader import get_images
 from lab.optim import FusedAdam
 from lab.results import TARGET, find_commit
-from lab.runs import CHECKPOINT, Checkpoint, load_state
+from lab.runs import CHECKPOINT
 from lab.sources import get_data
 from lab.speed import device_name, fast, resolve_precision
 from predict import load_run
@@ -89,7 +89,7 @@ def score(learn: Learner) -> dict[str, float]:
 def read_run(folder: Path, data: str | Path | None) -> dict:
     """The row of a finished run of train_fastai.py on the images in `data`; its arm names the options that differ."""
     m, learn = json.loads((folder/'metrics.json').read_bytes()), load_run(folder, data=get_data(data))
-    o, free = m['options'], ('data', 'out', 'seed', 'epochs', 'bs', 'precision')
+    o, free = m['options'], ('data', 'out', 'resume', 'seed', 'epochs', 'bs', 'precision')
     changed = [f'{k}={v}' for k, v in o.items() if k not in free and v != getattr(Options, k, v)]
     padding = 'reflect' if 'reflect' in str(m['recipe']['augmentation']) else 'mean-colour'
     return RECIPE | o | m['versions'] | m | dict(
@@ -98,18 +98,15 @@ def read_run(folder: Path, data: str | Path | None) -> dict:
         accuracy_flip=score(learn)['accuracy_flip'])
 
 
-def train(dls: DataLoaders, recipe: dict, seed: int, epochs: int, folder: Path, find_rates: Callable) -> dict:
-    """Train by `recipe` with the rates that `find_rates(seed)` finds, or resume in `folder`; return the row."""
-    state = load_state(folder/CHECKPOINT) if (folder/CHECKPOINT).exists() else None
-    lr_min, found = state['lrs'] if state else find_rates(seed)
-    lr_max = recipe['lr_max_factor'] * found
+def train(dls: DataLoaders, recipe: dict, seed: int, epochs: int, folder: str, lr_min: float, lr_max: float) -> dict:
+    """Train by `recipe`, with the rates that were found, and return the row."""
+    lr_max = recipe['lr_max_factor'] * lr_max
     div_final = recipe['div_final'] or lr_max / lr_min
     learn = get_learner(dls, opt_func=partial(FusedAdam, eps=recipe['eps']), seed=seed, path=folder,
                         **{k: recipe[k] for k in ('wd', 'label_smoothing', 'ema')})
-    h = learn.history
     with fast(learn):
-        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START,
-                            cbs=Checkpoint(folder, dict(lrs=(lr_min, found)), state, lambda: h.seconds_training))
+        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START)
+    h = learn.history
     return recipe | score(learn) | dict(
         train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),
         precision=resolve_precision('auto', dls.device), torch=torch.__version__, fastai=fastai.__version__,
@@ -187,6 +184,7 @@ def main(
     if table: print(tabulate(load_results(out), what))
     if add: add_row(out, read_run(Path(add), data))
     if table or add: return
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
         path = get_data(data)
         if what == 'ingredients': path = hold_out(path, Path(tmp)/'data')
@@ -204,7 +202,6 @@ def main(
             key = dict(zip(KEY, (what, arm, seed, epochs, bs, every), strict=True))
             if (load_results(out)[KEY] == [*key.values()]).all(axis=1).any(): continue
             folder = out/'-'.join(map(str, key.values()))
-            folder.mkdir(parents=True, exist_ok=True)
             print(folder.name, flush=True)
             if what == 'seeds':
                 options = dict(out=folder, seed=seed, epochs=epochs, bs=bs) | (dict(data=data) if data else {})
@@ -213,6 +210,5 @@ def main(
                 row = read_run(folder, data)
             else:
                 recipe = RECIPE | ARMS[arm]
-                row = train(load(recipe['padding']), recipe, seed, epochs, folder, find_rates)
-                shutil.rmtree(folder)  # a run of train_fastai.py is kept
+                row = train(load(recipe['padding']), recipe, seed, epochs, tmp, *find_rates(seed))
             add_row(out, row | key)

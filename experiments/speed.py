@@ -70,10 +70,10 @@ def read_clock(x: Tensor) -> float:
 
 def time_steps(dls: DataLoaders, n: int, precision: str = 'fp32', memory_format=torch.contiguous_format, fused=None,
                conv: str | None = None, memory: Callable = contextlib.nullcontext) -> list[float]:
-    """The times at which each of `n` steps of `Plain` on the same batch began; `conv` names its small maps' class."""
+    """When each of `n` steps of `Plain` on one batch began; `conv` names a class for all convolutions but the first."""
     x, y = (o.as_subclass(Tensor) for o in dls.one_batch())
     model, x = Plain().to(x.device, memory_format=memory_format), x.contiguous(memory_format=memory_format)
-    for m in model.convs if conv else (): m.__class__ = pkgutil.resolve_name(conv)
+    for m in model.convs[1:] if conv else (): m.__class__ = pkgutil.resolve_name(conv)
     opt, times = torch.optim.AdamW(model.parameters(), fused=fused), []
     with memory():
         for _ in range(n):
@@ -87,7 +87,7 @@ def time_steps(dls: DataLoaders, n: int, precision: str = 'fp32', memory_format=
 
 
 def time_fit(dls: DataLoaders, n: int, precision: str) -> list[float]:
-    """The times at which each of `n` or more batches of a fit in `fast` began; nothing is tested."""
+    """When each of `n` or more batches of a fit in `fast` began; nothing is tested."""
     class Clock(Callback):
         order = -100  # before all others
         def before_batch(self): times.append(read_clock(self.x))
@@ -103,12 +103,13 @@ def time_fit(dls: DataLoaders, n: int, precision: str) -> list[float]:
 
 def list_rows(precision: str) -> dict[str, Callable]:
     """What measures each row, a function of loaders and the number of batches. A step has all changes above it."""
-    cpu, amx, rows, done = default_device().type == 'cpu', speed.cpu_capabilities().get('amx_bf16'), {}, {}
+    cpu, amx, rows, done = default_device().type == 'cpu', torch.cpu.get_capabilities().get('amx_bf16'), {}, {}
     for name, applies, change in (
             ('plain float32', True, {}),
             ('+ channels-last', True, dict(memory_format=torch.channels_last)),
             (f'+ {precision}', precision != 'fp32', dict(precision=precision)),
             ('+ fused AdamW', True, dict(fused=True)),
+            ('+ Winograd', cpu and precision == 'fp32', dict(conv='lab.winograd:WinogradConv2d')),
             ('+ small maps side by side', cpu and amx and precision == 'bf16', dict(conv='lab.speed:SideBySideConv2d')),
             ('+ freed memory kept', cpu, dict(memory=speed.keep_freed_memory))):
         if applies: rows[name] = partial(time_steps, **(done := done | change))
@@ -149,7 +150,7 @@ def main(
         command = [sys.executable, __file__, f'--row={name}', f'--precision={precision}', f'--batches={batches}',
                    f'--bs={bs}', *([f'--data={data}'] if data else [])]
         env = os.environ | dict(PYTHONPATH=str(before if name == FIT_BEFORE else ROOT))
-        printed = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
+        printed = subprocess.check_output(command, env=env, text=True)
         found.append(dict(round=i, row=name) | json.loads(printed.splitlines()[-1]))
     found = pd.DataFrame(found).pivot(index='round', columns='row')
     ratios = found.seconds[names].rdiv(found.seconds[names[0]], axis=0)

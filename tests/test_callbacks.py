@@ -15,6 +15,7 @@ from fastai.vision.all import (
     Recorder,
     SaveModelCallback,
     SkipToEpoch,
+    TerminateOnNaNCallback,
     accuracy,
     error_rate,
 )
@@ -229,6 +230,12 @@ def test_a_nan_stops_the_run_and_says_where(dls, tmp_path, at, where):
         fit(learn, 3, cbs=[SaveModelCallback(), Spoil(*at)])  # not that there is no best model to load
     assert len(learn.history.rows) == (at != (True, 0, 0))
     learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)  # not to blame for the training before it
+
+
+def test_a_nan_is_an_error_whatever_else_ends_the_fit(dls, tmp_path):
+    learn = make(dls, path=tmp_path)
+    with pytest.raises(RunError, match='not finite at batch 2 of 3 of epoch 1'):
+        learn.fit(2, 1e-3, cbs=[TerminateOnNaNCallback(), Spoil(True, 0, 1)])
 
 
 def test_a_test_without_training_may_have_no_finite_loss(dls, tmp_path):

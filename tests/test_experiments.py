@@ -5,16 +5,14 @@ import subprocess
 import sys
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from conftest import ROOT, ends, make_folder
-from fastai.callback.core import Callback
 
 import train_fastai
 from experiments import repeat, speed
-from experiments.repeat import ARMS, RECIPE, format_percent, load_results, tabulate
+from experiments.repeat import ARMS, format_percent, load_results, tabulate
 from lab.speed import fast
 from train_fastai import find_lrs, get_dls, get_learner
 
@@ -57,28 +55,11 @@ def test_every_kind_of_change_makes_another_run(options):
     assert runs.test_loss.nunique() == len(arms)
 
 
-def test_an_interrupted_run_ends_like_a_whole_one(options, tmp_path, monkeypatch):
-    class Stop(Callback):
-        def before_batch(self):
-            if self.training and self.epoch == 2: raise KeyboardInterrupt
-    dls, recipe, rows = get_dls(options['data'], bs=8), RECIPE | dict(wd=0.2), []
-    for folder, stops in (('whole', False), ('stopped', True), ('stopped', False)):
-        (tmp_path/folder).mkdir(exist_ok=True)
-        run = partial(repeat.train, dls, recipe, 1, 4, tmp_path/folder, lambda seed: (1e-4, 1e-3))
-        with monkeypatch.context() as m:
-            if stops: m.setattr(repeat, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Stop()))
-            if stops: pytest.raises(KeyboardInterrupt, run)
-            else: rows.append(run())
-    for row in rows: del row['seconds_training']
-    assert rows[0] == rows[1]
-
-
-def test_seeds_are_runs_of_train_fastai_and_go_on(options, tmp_path, monkeypatch, capsys):
+def test_seeds_are_runs_of_train_fastai_and_go_on(options, no_pictures, monkeypatch, capsys):
     options |= dict(epochs=2, seeds='5')
-    monkeypatch.setattr('lab.results.save_figure', lambda *_: None)
     folder, end = options['out']/'seeds-experiment-5-2-6-1', train_fastai.save_results
     monkeypatch.setattr(train_fastai, 'save_results', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert f'--resume {folder}' in ends(capsys, 130, repeat.main, 'seeds', **options)
+    assert f'--resume {folder}' in ends(capsys, 130, lambda _: repeat.main('seeds', **options))
     monkeypatch.setattr(train_fastai, 'save_results', end)
     repeat.main('seeds', **options)
     m, r = json.loads((folder/'metrics.json').read_text()), load_results(options['out']).iloc[0]
@@ -93,11 +74,12 @@ def test_seeds_are_runs_of_train_fastai_and_go_on(options, tmp_path, monkeypatch
 
 
 def test_what_cannot_be_repeated_is_one_line(options, capsys):
-    assert '--arms: no wd-7' in ends(capsys, 2, repeat.main, 'test', arms='default,wd-7', **options)
-    assert '--every' in ends(capsys, 2, repeat.main, 'seeds', every=2, **options)
     options['out'].mkdir()
     (options['out']/'results.csv').write_text('table,arm\n')
-    assert 'other columns' in ends(capsys, 2, repeat.main, 'test', **options)
+    for message, what, others in (('--arms: no wd-7', 'test', dict(arms='default,wd-7')),
+                                  ('--every', 'seeds', dict(every=2)), ('other columns', 'test', {})):
+        call = partial(repeat.main, what, **options | others)
+        assert message in ends(capsys, 2, lambda _, call=call: call())
 
 
 def test_the_tables_of_results(tmp_path):
@@ -157,12 +139,12 @@ def test_another_checkout_is_what_is_measured(tmp_path):
 def test_every_row_of_the_speed_table_is_measured(folder, tmp_path, monkeypatch, capsys):
     """That it runs; how fast anything is, no test should say."""
     started = []
-    def run(command, env, **kwargs):  # in this process: to start another takes seconds
+    def measure(command, env, text):  # in this process: to start another takes seconds
         started.append((command[2].removeprefix('--row='), env['PYTHONPATH']))
         capsys.readouterr()
         speed.main(row=started[-1][0], data=str(folder), batches=2, bs=6)
-        return SimpleNamespace(stdout=capsys.readouterr().out)
-    monkeypatch.setattr(speed.subprocess, 'run', run)
+        return capsys.readouterr().out
+    monkeypatch.setattr(speed.subprocess, 'check_output', measure)
     monkeypatch.setattr(speed, 'get_dls', lambda data, bs, every: get_dls(data, bs))
     speed.main(rounds=1, before=str(tmp_path), out=tmp_path/'runs/speed.csv')
     table, printed = pd.read_csv(tmp_path/'runs/speed.csv', index_col='row'), capsys.readouterr().out

@@ -9,7 +9,6 @@ import torch
 from conftest import SIX_EPOCHS, args, disturbed
 from fastai.callback.mixup import MixUp
 from fastai.vision.all import (
-    Callback,
     CancelFitException,
     CSVLogger,
     EarlyStoppingCallback,
@@ -18,10 +17,12 @@ from fastai.vision.all import (
     RocAuc,
     SaveModelCallback,
     error_rate,
+    noop,
 )
 from kill import differences
 
 import predict
+from lab.errors import RunError
 from lab.results import save_results
 from lab.runs import Run, load_state
 from predict import load_run
@@ -46,7 +47,9 @@ def experiment(fit, change=lambda learn: None, **options):
 
 
 def one_cycle(*cbs):
-    return lambda learn, checkpoint: learn.fit_one_cycle(6, 1e-2, cbs=[checkpoint(), *(cb() for cb in cbs)])
+    """A fit that ends at a rate of 0.2, so that its last epoch spoils the network."""
+    return lambda learn, checkpoint: learn.fit_one_cycle(6, 1e-2, div_final=.05,
+                                                         cbs=[checkpoint(), *(cb() for cb in cbs)])
 
 
 @pytest.fixture
@@ -130,18 +133,13 @@ def test_a_network_inside_another_is_written_plain(options, folder, tmp_path, ca
 
 
 def interrupt(): raise KeyboardInterrupt
+def cancel_fit(): raise CancelFitException
 
 
-class CancelFit(Callback):
-    """Cancels a fit in the third batch of the fourth epoch."""
-    def before_batch(self):
-        if self.training and self.epoch == 3 and self.iter == 2: raise CancelFitException
-
-
-@pytest.mark.parametrize(('cb', 'batches'), [(Stop, 12), (CancelFit, 11)])
-def test_a_fit_that_ends_early(options, folder, capsys, cb, batches):
+@pytest.mark.parametrize(('cbs', 'batches'), [((Stop,), 15), ((), 10)])
+def test_a_fit_that_ends_early(options, folder, capsys, cbs, batches):
     """A4: what is reported is what was recorded."""
-    experiment(one_cycle(cb), **options)
+    with disturbed(cancel_fit if not cbs else noop): experiment(one_cycle(*cbs), **options)
     m, out = check_results(options['out'], folder, capsys), options['out']
     history, schedule = pd.read_csv(out/'history.csv'), pd.read_csv(out/'schedule.csv')
     epochs = batches // 3
@@ -150,6 +148,11 @@ def test_a_fit_that_ends_early(options, folder, capsys, cb, batches):
     report = (out/'report.md').read_text()
     assert f'The run ended after {epochs} epochs; 6 were planned.' in report
     assert 'no annihilation' not in report
+
+
+def test_a_fit_that_ends_before_its_first_epoch(options):
+    with disturbed(cancel_fit, 0), pytest.raises(RunError, match='before its first epoch'):
+        experiment(one_cycle(), **options)
 
 
 def two_fits(learn, checkpoint):
@@ -199,6 +202,9 @@ def test_a_resumed_run_ends_like_the_whole(options, wholes, tmp_path_factory, ca
         wholes[name] = whole, experiment(FITS[name], **options | dict(out=whole))
     (whole, one), out = wholes[name], options['out']
     with disturbed(interrupt, epoch), pytest.raises(KeyboardInterrupt): experiment(FITS[name], **options)
+    if name == 'find_between' and epoch == 3:
+        with pytest.raises(RunError, match='other epochs or rates'): experiment(FITS[name], resume=out)
+        return
     other = experiment(FITS[name], resume=out)
     assert differences(whole, out) == []
     assert read_metrics(whole)['epochs'] == read_metrics(out)['epochs']
@@ -222,7 +228,7 @@ def test_what_fastai_saves_by_default_is_no_file_of_the_run(options, folder, tmp
     assert {f: f.read_bytes() for f in out.iterdir() if f.is_file()} == before
 
 
-@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks(options, monkeypatch, capsys, number):
     """E13."""
     def refuse(*_): raise OSError(number, 'no locks')

@@ -1,9 +1,9 @@
 import sys
-import types
 import warnings
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from arch import ResNet
 from lab.errors import InputError
+from lab.loader import cache_images
 from lab.optim import FusedAdam
-from lab.speed import CUDAGraph, SideBySideConv2d, fast, resolve_precision, unwrap
+from lab.speed import CUDAGraph, SideBySideConv2d, fast, fast_layout, resolve_precision, unwrap
 from train_fastai import get_learner
 
 make = partial(get_learner, precision='fp32')
@@ -271,6 +272,18 @@ def test_a_precision_that_does_not_exist(precision, device, message):
     with pytest.raises(InputError, match=message): resolve_precision(precision, torch.device(device))
 
 
+def test_nothing_special_is_done_on_mps(dls, tmp_path, monkeypatch):
+    """Asynchronous copies and channels-last batch norm were wrong there (pytorch issues 139550 and 189690)."""
+    mps = torch.device('mps')
+    on_mps = SimpleNamespace(train_ds=dls.train_ds, valid_ds=dls.valid_ds, vocab=dls.vocab, device=mps)
+    cache_images(on_mps, [*dls.train_ds.items, *dls.valid_ds.items], torch.zeros(36, 3, 32, 32))
+    assert dls.train_ds.images.device.type == dls.train_ds.labels.device.type == 'cpu'
+    model = SimpleNamespace(memory_format=torch.channels_last, parameters=lambda: iter([SimpleNamespace(device=mps)]))
+    with fast_layout(SimpleNamespace(model=model)): pass  # it would ask for the model's modules
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda params, **kwargs: SimpleNamespace(param_groups=[kwargs]))
+    assert FusedAdam([SimpleNamespace(device=mps)], 1e-3).opt.param_groups[0]['fused'] is False
+
+
 @pytest.mark.parametrize('memory', [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(('n', 'h', 'w'), [(5, 4, 4), (1, 8, 8), (3, 7, 5), (2, 1, 1), (2, 9, 9)])
 def test_maps_side_by_side_are_convolved_as_ever(n, h, w, memory):
@@ -311,7 +324,7 @@ def own_forward(learn):
     def forward(self, x):
         self.calls = getattr(self, 'calls', 0) + 1
         return type(self).forward(self, x)
-    return types.MethodType(forward, learn.model)
+    return MethodType(forward, learn.model)
 
 
 CHANGES = dict(
