@@ -38,7 +38,8 @@ def list_augmentations(dls: DataLoaders) -> list[str]:
     def describe(tfm: Transform) -> str:
         names = inspect.signature(type(tfm).__init__).parameters.keys() - inspect.signature(Transform).parameters.keys()
         return f'{type(tfm).__name__}({", ".join(f"{k}={v}" for k, v in vars(tfm).items() if k in names and v)})'
-    return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs) if tfm.split_idx == 0]
+    return [describe(tfm) for tfm in (*dls.train.after_item.fs, *dls.train.after_batch.fs)
+            if tfm.split_idx == 0 or isinstance(tfm, RandTransform)]
 
 
 def describe_layers(model: nn.Module) -> list[tuple]:
