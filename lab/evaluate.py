@@ -2,9 +2,12 @@
 from fastai.vision.all import *
 from sklearn.metrics import precision_recall_fscore_support
 
+from lab.processes import alone
+
 PREDICT_BS = 512
 
 
+@alone()
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     """The network's predictions for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
 
@@ -22,7 +25,7 @@ def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd
     """
     precision, recall, _, images = precision_recall_fscore_support(
         targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
-    return pd.DataFrame({'class': list(vocab), 'images': images, 'recall': recall, 'precision': precision})
+    return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})
 
 
 def list_confusions(counts: ndarray, vocab: list[str], n: int = 10) -> pd.DataFrame:

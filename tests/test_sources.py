@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ends, make_folder
+from conftest import args, ends, make_folder
 from fastai.data.external import fastai_cfg
-from fastai.vision.all import URLs, cifar_stats
+from fastai.vision.all import FlipItem, RandomCrop, RandomResizedCrop, Resize, URLs, aug_transforms, cifar_stats
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from lab import sources
 from lab.errors import InputError
 from lab.loader import decode_images, image_files
+from lab.results import list_augmentations
 from lab.runs import Run
 from lab.sources import NetworkError, get_data, get_sample
-from train_fastai import Options, main
+from predict import load_run
+from train_fastai import FlipLR, Options, PadCrop, get_dls, get_learner, main
 
 N = 36  # images in every copy of CIFAR-10 here, and in the sample
 
@@ -241,8 +243,8 @@ def test_damaged_sample_is_one_line_and_leaves_nothing(small_sample, home, tmp_p
     assert len(image_files(get_sample())) == N
 
 
-def test_bare_command_without_a_network_is_a_quick_look(small_sample, tmp_path, capsys, monkeypatch):
-    """To its end, and every part of the result says so."""
+def test_bare_command_without_a_network_is_a_quick_look(small_sample, tmp_path, capsys, monkeypatch, no_pictures):
+    """To its end, and the result says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('lab.runs.QUICK', dict(epochs=2, bs=8))
     main([])
@@ -271,3 +273,35 @@ def test_quick_look_takes_all_of_the_sample_else_a_tenth(small_sample, folder):
     assert images(data=str(folder)) == dict(path=folder, bs=64, every=10, resize=False)
     assert images() == dict(path=get_sample(), bs=64, every=1, resize=False)
     assert images(bs=8)['bs'] == 8
+
+
+@pytest.fixture(scope='module')
+def mixed(tmp_path_factory) -> Path:
+    """A data folder of images of four sizes."""
+    path = make_folder(tmp_path_factory.mktemp('data')/'mixed')
+    for i, file in enumerate(sorted(path.rglob('*.png'))):
+        Image.open(file).resize([(64, 64), (50, 40), (32, 32), (28, 28)][i % 4]).save(file)
+    return path
+
+
+@pytest.mark.parametrize('options', [
+    dict(resize=True), dict(item_tfms=[Resize(32)]), dict(item_tfms=[RandomResizedCrop(32)]),
+    dict(item_tfms=[Resize(40), PadCrop(4), RandomCrop(32)]), dict(item_tfms=[FlipItem(), Resize(32)]),
+    dict(resize=True, batch_tfms=aug_transforms()), dict(item_tfms=[Resize(40)], batch_tfms=aug_transforms(size=32))])
+def test_images_of_any_size_are_trained_on(mixed, options):
+    """By the centre square, or as a transform of fastai's has it; all of the recipe is told."""
+    dls = get_dls(mixed, bs=8, **options)
+    assert {x.shape for dl in (dls.train, dls.valid) for x, _ in dl} == {(8, 3, 32, 32), (4, 3, 32, 32)}
+    learn = get_learner(dls)
+    learn.fit(1, 1e-3)
+    assert learn.history.rows[0]['test_loss'] > 0
+    assert learn.predict(mixed/'test/red/0.png')[0] in dls.vocab
+    told = ' '.join(list_augmentations(dls))
+    for tfm in (*options.get('item_tfms', [FlipLR()]), *options.get('batch_tfms', [])):
+        assert type(tfm).__name__.replace('AffineCoordTfm', 'Flip') in told
+
+
+def test_resize_is_an_option_of_the_command(mixed, tmp_path, no_pictures):
+    main(args(data=mixed, out=tmp_path/'run', resize=True, bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3))
+    m, learn = json.loads((tmp_path/'run/metrics.json').read_text()), load_run(tmp_path/'run', mixed)
+    assert learn.validate()[1] == pytest.approx(m['test_accuracy'])
