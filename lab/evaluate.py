@@ -22,7 +22,7 @@ def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd
     """
     precision, recall, _, images = precision_recall_fscore_support(
         targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
-    return pd.DataFrame({'class': list(vocab), 'images': images, 'recall': recall, 'precision': precision})
+    return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})
 
 
 def list_confusions(counts: ndarray, vocab: list[str], n: int = 10) -> pd.DataFrame:
