@@ -32,8 +32,8 @@ class SeedEpochs(Callback):
     def before_train(self):
         seed_and_epoch = f'{self.seed} {self.earlier + self.epoch}' + (f' {rank_distrib()}' if rank_distrib() else '')
         set_seed(random.Random(seed_and_epoch).getrandbits(32))
-        dl = vars(self.dls.train).get('dl', self.dls.train)  # inside fastai's `DistributedDL`
-        dl.rng = random.Random(random.getrandbits(32))  # a loader shuffles with a generator of its own
+        dl = getattr(self.dls.train, '__dict__', {}).get('dl', self.dls.train)  # inside fastai's `DistributedDL`
+        if hasattr(dl, 'rng'): dl.rng = random.Random(random.getrandbits(32))  # fastai's loaders shuffle with their own
 
     def after_train(self):
         if not hasattr(self.learn, 'lr_finder'): self.done += 1
@@ -57,6 +57,8 @@ class History(TrainingCallback):
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
+
+    def before_fit(self): self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
 
     def before_train(self): self.start, self.losses, self.accuracies = time.perf_counter(), [], []
 
@@ -139,7 +141,7 @@ class StopOnNaN(TrainingCallback):
 
     def before_train(self): self.finite = []
 
-    def after_batch(self):
+    def after_loss(self):  # before a callback ends the fit for that reason
         if self.finite is not None: self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
 
     def after_train(self):
@@ -149,7 +151,7 @@ class StopOnNaN(TrainingCallback):
         raise RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; lower --lr-max (the rate is '
                        f'{self.opt.hypers[-1]["lr"]:.2e})')
 
-    after_validate = after_train
+    after_validate = after_cancel_fit = after_train
 
 
 class WeightAverage(TrainingCallback):
@@ -165,9 +167,9 @@ class WeightAverage(TrainingCallback):
     def __init__(self, decay: float): self.decay = decay
 
     def before_fit(self):
-        self.module, self.steps, self.swapped = deepcopy(unwrap(self.model)), 0, False
+        self.averaged, self.steps, self.swapped = deepcopy(unwrap(self.model)), 0, False
         self.average, self.latest = ([t.data for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
-                                     for m in (self.module, unwrap(self.model)))
+                                     for m in (self.averaged, unwrap(self.model)))
 
     def after_step(self):
         decay = min(self.decay, (1 + self.steps) / (self.ramp + self.steps)) if self.steps else 0.
@@ -189,10 +191,10 @@ class WeightAverage(TrainingCallback):
 
     def after_fit(self):
         if not self.swapped: self.swap()  # something ended an epoch before its test
-        del self.module, self.average, self.latest
+        del self.averaged, self.average, self.latest
 
-    def state_dict(self) -> dict: return dict(steps=self.steps, swapped=self.swapped, module=self.module.state_dict())
+    def state_dict(self) -> dict: return dict(steps=self.steps, swapped=self.swapped, module=self.averaged.state_dict())
 
     def load_state_dict(self, state: dict):
         self.steps, self.swapped = state['steps'], state['swapped']
-        self.module.load_state_dict(state['module'])
+        self.averaged.load_state_dict(state['module'])

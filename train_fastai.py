@@ -84,7 +84,8 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     other item transform, or with `num_workers`, images are read and augmented one by one. Without folders for the two
     sets, `valid_pct` of every class become test images. Raises `InputError`.
     """
-    files = image_files(path, every, split=valid_pct is None)
+    try: files = image_files(path, every, split=valid_pct is None)
+    except OSError as e: raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
     if item_tfms is None: item_tfms = [PadCrop(4), FlipLR(), Cutout(8)]
     images = decode_images(files, resize) if all(isinstance(tfm, Augmentation) for tfm in item_tfms) else None
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,

@@ -35,8 +35,8 @@ from train_fastai import MEAN_COLOUR, PCT_START, Cutout, FlipLR, Options, PadCro
 # What an arm can change. `lr_max_factor` multiplies the LRMAX found; `div_final` is fastai's, by default LRMAX / LRMIN.
 RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, ema=Options.ema, padding='reflect', eps=1e-5,
               lr_max_factor=1., div_final=None)
-HALF, QUARTER, WD = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4), dict(wd=0.2)
-PLAIN = dict(wd=0.01, label_smoothing=0., padding='mean-colour', ema=0.)
+HALF, QUARTER, WD, MEAN = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4), dict(wd=0.2), dict(padding='mean-colour')
+PLAIN = MEAN | dict(wd=0.01, label_smoothing=0., ema=0.)
 ARMS = {
     'default': {}, 'wd-0.2': WD,
     'lr-max-half': HALF, 'lr-max-half-wd-0.2': HALF | WD, 'lr-max-half-wd-0.4': HALF | dict(wd=0.4),
@@ -44,7 +44,7 @@ ARMS = {
     'lr-max-quarter-eps-1e-8': QUARTER | dict(eps=1e-8),
     'lr-max-quarter-smoothing-0': QUARTER | dict(label_smoothing=0.),
     'lr-max-quarter-smoothing-0.2': QUARTER | dict(label_smoothing=0.2),
-    'lr-max-quarter-pad-mean-colour': QUARTER | dict(padding='mean-colour'), 'lr-max-quarter-plain': QUARTER | PLAIN,
+    'lr-max-quarter-pad-mean-colour': QUARTER | MEAN, 'lr-max-quarter-plain': QUARTER | PLAIN,
     'ends-at-lrmin': PLAIN, 'div-final-1-holds-lrmax': PLAIN | dict(div_final=1.),
     'div-final-1e5-annihilates': PLAIN | dict(div_final=1e5)}
 KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']
@@ -191,8 +191,8 @@ def main(
 
         @functools.cache
         def load(padding: str = 'reflect') -> DataLoaders:
-            other = {} if padding == 'reflect' else dict(padding_mode='constant', fill=MEAN_COLOUR)
-            return get_dls(path, bs, every, [PadCrop(4, **other), FlipLR(), Cutout(8)])
+            pad = PadCrop(4) if padding == 'reflect' else PadCrop(4, 'constant', MEAN_COLOUR)
+            return get_dls(path, bs, every, [pad, FlipLR(), Cutout(8)])
 
         @functools.cache
         def find_rates(seed: int) -> tuple[float, float]:  # of the default recipe, for all arms
@@ -201,8 +201,7 @@ def main(
         for seed, arm in itertools.product(map(int, seeds.split(',')), names):
             key = dict(zip(KEY, (what, arm, seed, epochs, bs, every), strict=True))
             if (load_results(out)[KEY] == [*key.values()]).all(axis=1).any(): continue
-            folder = out/'-'.join(map(str, key.values()))
-            print(folder.name, flush=True)
+            print(folder := out/'-'.join(map(str, key.values())), flush=True)
             if what == 'seeds':
                 options = dict(out=folder, seed=seed, epochs=epochs, bs=bs) | (dict(data=data) if data else {})
                 if (folder/CHECKPOINT).exists(): options = dict(resume=folder)

@@ -2,9 +2,12 @@
 from fastai.vision.all import *
 from sklearn.metrics import precision_recall_fscore_support
 
+from lab.processes import alone
+
 PREDICT_BS = 512
 
 
+@alone()
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     """The network's predictions for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
 

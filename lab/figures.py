@@ -4,6 +4,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
+from lab.processes import alone
 from lab.report import format_rate
 
 TRAIN, TEST, MARK = 'tab:blue', 'tab:orange', 'tab:red'  # one colour for one thing in all figures
@@ -92,6 +93,7 @@ def draw_misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
 
 
 @with_names
+@alone()
 def draw_top_losses(learn: Learner, losses: Tensor, n: int = 9) -> Figure:
     """fastai's view of the test images with the largest `losses`, (N,) float on the CPU."""
     interp = ClassificationInterpretation(learn, learn.dls.valid, losses)  # from_learner would test once more

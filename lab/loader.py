@@ -105,7 +105,7 @@ class Augmentation(DisplayedTransform):
     A subclass implements `augment(batch)`, where every image draws its own randomness by `draw`: from torch's CPU
     generator, whatever device the images are on.
     """
-    split_idx = 0  # the training set only
+    order, split_idx = 6, 0  # after ToTensor (5); the training set only
 
     def encodes(self, x: TensorImage) -> TensorImage:
         batch = x.as_subclass(Tensor)
@@ -132,9 +132,11 @@ class BatchDL(TfmdDL):
     @property
     def makes_whole_batches(self) -> bool:
         """Asked at every pass, since transforms and items may change at any time."""
-        own = {'create_item', 'create_batch', 'do_item', 'do_batch', 'retain'} & vars(self).keys()
+        own = any(name in vars(self) or getattr(type(self), name) is not getattr(TfmdDL, name)
+                  for name in ('create_item', 'create_batch', 'do_item', 'do_batch', 'retain'))
         return (is_cached(self.dataset) and not own and not self.before_batch.fs and not self.fake_l.num_workers
-                and all(isinstance(tfm, Augmentation | ToTensor | CenterResize) for tfm in self.after_item.fs))
+                and all(isinstance(tfm, Augmentation) or type(tfm) in (ToTensor, CenterResize)
+                        for tfm in self.after_item.fs))
 
     def create_batches(self, samps):
         if not self.makes_whole_batches:
@@ -170,8 +172,8 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
 
 
 def source_of(dataset) -> list:
-    """What decides about the images of a data set of fastai: its items and the transforms that open them."""
-    return [list(dataset.items), *(list(tl.tfms.fs) for tl in dataset.tls)]
+    """What decides about images and labels of a data set of fastai: items, the transforms that open them, classes."""
+    return [list(dataset.vocab), *((list(tl.items), list(tl.tfms.fs)) for tl in dataset.tls)]
 
 
 def is_cached(dataset) -> bool:

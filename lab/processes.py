@@ -19,13 +19,20 @@ def join_processes():
     torch.distributed.destroy_process_group()  # not after an error: the others may not come
 
 
+@contextlib.contextmanager
+def alone():
+    """Context manager, or decorator, in which rank 0 works without the others, for whom fastai would wait."""
+    processes = os.environ.pop('WORLD_SIZE', None)
+    try: yield
+    finally:
+        if processes: os.environ['WORLD_SIZE'] = processes
+
+
 def on_first(f: Callable, *args) -> Any:
     """What `f(*args)` returns in rank 0, for all processes."""
     if num_distrib() < 2: return f(*args)
     from accelerate.utils import broadcast_object_list
-    processes, result = os.environ.pop('WORLD_SIZE'), None  # else fastai would wait for the others within `f`
-    if rank_distrib() == 0: result = f(*args)
-    os.environ['WORLD_SIZE'] = processes
+    with alone(): result = None if rank_distrib() else f(*args)
     return broadcast_object_list([result])[0]
 
 

@@ -11,6 +11,7 @@ from fastai.vision.all import *
 from sklearn.metrics import confusion_matrix
 
 from lab import figures
+from lab.errors import RunError
 from lab.evaluate import get_log_probs, list_confusions, list_misclassified, per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
@@ -121,6 +122,7 @@ def save_results(run: Run, learn: Learner):
     """
     dls, h, o, out, answers = learn.dls, learn.history, run.options, run.folder, learn.misclassified
     if rank_distrib(): return
+    if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
     epoch = answers.find_epoch(learn.model)
     log_probs, targets = answers.log_probs, answers.targets
     if epoch != len(h.rows) or log_probs is None:

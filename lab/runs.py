@@ -112,17 +112,24 @@ class Checkpoint(Callback):
         self.of, self.header, self.tell, self.fits = run, header, tell, 0
 
     def __call__(self, event_name: str):
-        if not hasattr(self.learn, 'gather_preds'): super().__call__(event_name)
+        if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
 
     @property
-    def others(self) -> L: return self.learn.cbs.filter(lambda cb: not isinstance(cb, Checkpoint | Recorder))
+    def others(self) -> L:
+        return self.learn.cbs.filter(lambda cb: not isinstance(cb, Checkpoint | Recorder | ProgressCallback))
+
+    @property
+    def plan(self) -> list:
+        """The number of epochs of the fit, and its schedules at ten moments."""
+        scheds = [f for cb in self.learn.cbs if isinstance(cb, ParamScheduler) for f in cb.scheds.values()]
+        return [self.n_epoch, *(float(v) for f in scheds for i in range(10) for v in np.ravel(f(i / 10)))]
 
     def before_fit(self):
         self.fits, self.skip, fits = self.fits + 1, 0, self.of.state.get('fits', 0)
         if self.fits > fits: self.save(epochs_done=0)
         else:
             self.skip = self.restore(self.of.state) if self.fits == fits else self.n_epoch
-            self.running = [(cb, cb.run) for cb in self.learn.cbs if cb is not self]
+            self.running = [(cb, cb.run) for cb in self.learn.cbs if not isinstance(cb, Checkpoint | ProgressCallback)]
             for cb, _ in self.running if self.skip else (): vars(cb)['run'] = False
 
     def before_epoch(self):
@@ -133,8 +140,10 @@ class Checkpoint(Callback):
         for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
         if done <= self.skip: return
         self.save(done)
-        if self.tell and left: forecast(left, left * self.history.rows[-1]['seconds'])
+        if self.tell and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
         self.tell = False
+
+    def after_cancel_fit(self): self.save_tables()
 
     def save(self, epochs_done: int):
         """Write the checkpoint, and the tables so far."""
@@ -142,9 +151,13 @@ class Checkpoint(Callback):
         model, out = unwrap(self.model), self.of.folder
         grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         save_state(out/CHECKPOINT, dict(
-            self.header, fits=self.fits, epochs_done=epochs_done, model=model.state_dict(), grads=plain(grads),
-            opt=plain(self.opt.state_dict()), callbacks=[(cb.name, get_state(cb)) for cb in self.others],
-            seconds_total=self.of.seconds()))
+            self.header, fits=self.fits, plan=self.plan, epochs_done=epochs_done, model=model.state_dict(),
+            grads=plain(grads), opt=plain(self.opt.state_dict()), seconds_total=self.of.seconds(),
+            callbacks=[(cb.name, get_state(cb)) for cb in self.others]))
+        self.save_tables()
+
+    def save_tables(self):
+        out = self.of.folder
         for name, rows, columns in (('history.csv', self.history.rows, list(self.history.columns)),
                                     ('schedule.csv', self.history.schedule, ['batch', 'lr', 'momentum'])):
             with nonfatal(out/name): save_csv(out/name, pd.DataFrame(rows, columns=columns))
@@ -153,6 +166,8 @@ class Checkpoint(Callback):
         """Put back everything that `save` has stored; return how many epochs of the fit were done."""
         if [name for name, _ in state['callbacks']] != [cb.name for cb in self.others]:
             raise RunError('the run was started with other callbacks; it cannot be resumed with these')
+        if state['plan'] != self.plan:
+            raise RunError('this fit has other epochs or rates than when it was started; it cannot be resumed')
         model = unwrap(self.model)
         model.load_state_dict(state['model'])
         for k, grad in state['grads'].items(): model.get_parameter(k).grad = grad.to(model.get_parameter(k).device)
@@ -202,7 +217,7 @@ class Run:
     """
 
     def __init__(self, o, given: set[str] | None = None):
-        self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
+        self.start, self.state, self.saver, self.stack = time.perf_counter(), {}, None, contextlib.ExitStack()
         self.bare = given is not None and given <= {'out'} and num_distrib() < 2
         o = dataclasses.replace(o, **{k: str(v) for k, v in vars(o).items() if isinstance(v, Path)})
         self.folder = Path(o.resume or o.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
@@ -242,12 +257,15 @@ class Run:
         try:
             lock.touch()
             self.stack.enter_context(FileLock(lock, timeout=0))
-            self.stack.callback(lock.unlink, missing_ok=True)  # while it is held: nobody else is in
+            self.stack.callback(self.unlock)  # while it is held: nobody else is in
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
             print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
+
+    def unlock(self):
+        with contextlib.suppress(OSError): (self.folder/'.lock').unlink()
 
     def check_free(self):
         """Raise `InputError` if the folder cannot take a new run."""
@@ -302,8 +320,10 @@ class Run:
         """The callback that saves the run, which uses these learning rates. Raises `InputError`."""
         tell, self.lrs = self.lrs is not None, (lr_min, lr_max)  # else the finder has told it
         check_options(dataclasses.replace(self.options, lr_min=lr_min, lr_max=lr_max))
-        return Checkpoint(self, dict(lrs=self.lrs, precision=self.precision, fingerprint=self.fingerprint,
-                                     options=vars(self.options) | dict(resume=None)), tell)
+        header = dict(lrs=self.lrs, precision=self.precision, fingerprint=self.fingerprint,
+                      options=vars(self.options) | dict(resume=None))
+        self.saver = self.saver or Checkpoint(self, header, tell)
+        return self.saver  # one for all fits, which it counts
 
     def seconds(self) -> float:
         """How long the run has taken, interruptions left out."""

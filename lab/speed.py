@@ -7,7 +7,6 @@ import ctypes
 import platform
 import sys
 import warnings
-from unittest import mock
 
 from fastai.vision.all import *
 from torch.nn.parallel import DistributedDataParallel
@@ -55,7 +54,8 @@ class CUDAGraph(Callback):
     def before_batch(self):
         if not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
         # A replay runs no hooks, and overwrites the gradients of the step before.
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.model.modules())
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                     or 'forward' in vars(m) for m in self.model.modules())
         whole = getattr(self.dls.train, 'drop_last', False)
         if hooked or not whole or self.model is not unwrap(self.model) or hasattr(self.learn, 'gradient_accumulation'):
             return
@@ -161,9 +161,11 @@ def keep_freed_memory():
 
 class Guard(Callback):
     """Does in `fast` what fastai leaves undone after an error or Ctrl-C, and guards other wrapped optimizers."""
-    finder = None
+    order, finder, autocast = MixedPrecision.order + 1, None, None
 
     def before_fit(self): self.finder = getattr(self.learn, 'lr_finder', None)
+
+    def before_batch(self): self.autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
 
     def before_train(self):
         if isinstance(self.opt, OptimWrapper): match_layout(self.opt.opt)  # a callback may have loaded a state
@@ -173,8 +175,7 @@ class Guard(Callback):
         if hasattr(self.learn, 'recorder'): self.recorder.losses = [o.cpu() for o in self.recorder.losses]
 
     def clean_up(self):  # docs/findings/autocast_after_interrupt.sh, interrupted_lr_find.sh
-        autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
-        if autocast and torch.is_autocast_enabled(autocast.device): autocast.__exit__(None, None, None)
+        if self.autocast and torch.is_autocast_enabled(self.autocast.device): self.autocast.__exit__(None, None, None)
         if self.opt: self.opt.zero_grad()
         if self.finder:
             self.finder.learn = self.learn
@@ -196,10 +197,11 @@ def fast(learn: Learner):
         stack.enter_context(replaced(torch.backends.cudnn, 'benchmark', True))
         if not gpu: stack.enter_context(keep_freed_memory())
         elif recorder := getattr(learn, 'recorder', None):
-            stack.enter_context(mock.patch.dict(vars(recorder), smooth_loss=SmoothLoss(recorder.smooth_loss.beta)))
+            stack.callback(vars(recorder).update, smooth_loss=recorder.smooth_loss)
+            vars(recorder).update(smooth_loss=SmoothLoss(recorder.smooth_loss.beta))
             if progress := getattr(learn, 'progress', None):  # its bar would show the loss, and so wait for it
-                update = dict(after_batch=lambda: progress.pbar.update(learn.iter + 1))
-                stack.enter_context(mock.patch.dict(vars(progress), update))
+                vars(progress)['after_batch'] = lambda: progress.pbar.update(learn.iter + 1)
+                stack.callback(vars(progress).pop, 'after_batch', None)
         stack.callback(lambda: isinstance(learn.opt, OptimWrapper) and match_layout(learn.opt.opt))
         stack.enter_context(fast_layout(learn))
         stack.enter_context(learn.added_cbs(cbs))

@@ -1,6 +1,6 @@
 """`tests/narrow.py` for one process of several: it leaves in the folder WATCH what the process saw and ended with.
 
-Nothing is drawn, and images stay as they are. With DIES set, the second process is killed at that batch.
+Nothing is drawn, and images stay as they are. With DIES set, it is killed at that batch.
 """
 import os
 import signal
@@ -22,10 +22,10 @@ class Watch(Augmentation):
     """In place of the augmentations: keeps the images, and a draw as an augmentation makes it."""
 
     def augment(self, x: torch.Tensor) -> torch.Tensor:
+        if hasattr(learners[0], 'lr_finder'): return x
         seen.append(x.clone())
         draws.append(torch.randint(2**40, ()).item())
-        if os.environ.get('DIES') == str(len(seen)) and os.environ.get('RANK') == '1':
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get('DIES') == str(len(seen)): os.kill(os.getpid(), signal.SIGKILL)
         return x
 
 

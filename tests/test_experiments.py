@@ -129,6 +129,23 @@ def test_every_mean_with_its_deviation_is_of_the_results(results):
     assert format_percent(h100.accuracy) in train_fastai.__doc__
 
 
+def test_the_differences_on_the_page_are_those_of_the_results(results):
+    held_out, seeds = results[results.table == 'ingredients'], results[results.table == 'seeds']
+    quarter = held_out.arm.str.startswith('lr-max-quarter')
+    few, many = ([o[o.ema == ema].accuracy for ema in (0, 0.99)] for o in (held_out[quarter], held_out[~quarter]))
+    cpu, gpu = (seeds[(seeds.arm == arm) & seeds.device.str.contains(device)]
+                for arm, device in (('finder-of-256', 'EPYC'), ('experiment', 'H100')))
+    pairs = [*zip(few, many, strict=True), *((gpu[k], cpu[k]) for k in ('accuracy', 'accuracy_flip'))]
+    stated = ('{} points more (standard error {})', 'With averaged weights it is {} points ({})',
+              'this is {} points (standard error {})', 'with flip averaging {} ({})')
+    page = ' '.join(PAGE.split())
+    for (a, b), text in zip(pairs, stated, strict=True):
+        assert text.format(f'{100 * (b.mean() - a.mean()):.2f}', f'{100 * (a.sem()**2 + b.sem()**2)**0.5:.2f}') in page
+    gains = [100 * (b.to_numpy() - a.to_numpy()) for a, b in (few, many)]
+    assert 'gains {:.2f} points at a quarter of LRMAX and {:.2f} at'.format(*(g.mean() for g in gains)) in page
+    assert 'errors of {:.2f} and {:.2f}'.format(*(pd.Series(g).sem() for g in gains)) in page
+
+
 def test_another_checkout_is_what_is_measured(tmp_path):
     (tmp_path/'train_fastai.py').write_text("raise SystemExit('another version')")
     found = subprocess.run([sys.executable, speed.__file__], env=os.environ | dict(PYTHONPATH=str(tmp_path)),

@@ -31,21 +31,18 @@ def launch(watch, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """A folder of 51 training images, three batches of 16 and three that an epoch drops, and of 15 test images."""
-    return make_folder(tmp_path_factory.mktemp('data')/'images', train=IMAGES // 3, test=5)
+    """A folder of 51 training images, three batches of 16 and three that an epoch drops, and of 12 test images."""
+    return make_folder(tmp_path_factory.mktemp('data')/'images', train=IMAGES // 3)
 
 
 @pytest.fixture(scope='module')
 def two(images, tmp_path_factory):
-    """A run in two processes, of which one is killed in the second epoch: its folder, and what it and its end said."""
+    """A run in two processes that are killed in the second epoch, and its resumption: its folder, and what both said."""
     out = tmp_path_factory.mktemp('runs')/'two'
-    died = launch(out.parent, data=images, out=out, **OPTIONS, dies=FINDER + BATCHES + 2)
+    died = launch(out.parent, data=images, out=out, **OPTIONS, dies=BATCHES + 2)
     resumed = launch(out.parent, resume=out)
     assert resumed.returncode == 0, resumed.stderr
     return out, died, resumed
-
-
-FINDER = 0  # the second process sees no batch of the finder's
 
 
 @pytest.fixture(scope='module')
@@ -54,14 +51,9 @@ def ranks(two) -> list[dict]:
     return [torch.load(two[0].parent/f'{rank}.pth', weights_only=True) for rank in (0, 1)]
 
 
-def test_a_process_that_dies_ends_the_run(two):
-    out, died, _ = two
-    assert died.returncode != 0
-    assert f'accelerate launch --multi_gpu --num_processes 2 train_fastai.py --resume {out}' in died.stderr
-
-
 def test_first_process_alone_prints(two):
     out, died, resumed = two
+    assert died.returncode != 0
     assert resumed.stdout.splitlines()[-1] == f'Results: {out}'
     assert ' 2 × cpu' in died.stdout
     assert [died.stdout.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == [1, 1, 1, 0]

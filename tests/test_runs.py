@@ -235,11 +235,12 @@ def test_an_out_folder_that_cannot_be_written(folder, tmp_path, capsys, permissi
     assert not list((tmp_path/'closed').iterdir())
 
 
-def test_a_damaged_or_foreign_checkpoint_is_named(run, tmp_path, capsys):
-    file, content = tmp_path/'checkpoint.pth', (run/'checkpoint.pth').read_bytes()
+def test_a_damaged_or_foreign_checkpoint_is_named(folder, tmp_path, capsys, no_pictures):
+    with disturbed(interrupt, 0): ends(capsys, 130, main, data=folder, out=tmp_path, **SIX_EPOCHS)
+    file, state = tmp_path/'checkpoint.pth', load_state(tmp_path/'checkpoint.pth')
+    content = file.read_bytes()
     file.write_bytes(content[:len(content) // 2])
     assert 'checkpoint.pth is damaged' in ends(capsys, 2, main, resume=tmp_path)
-    state = load_state(run/'checkpoint.pth')
     unlike = {k: v for k, v in state['options'].items() if k != 'ema'}
     for other in (dict(a=1), torch.ones(2), state | dict(options=unlike), state | dict(options=unlike | dict(taste=0))):
         torch.save(other, file)

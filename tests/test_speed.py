@@ -369,6 +369,27 @@ def test_a_recorded_step_ends_with_its_fit(dls, tmp_path, recorded):
     assert len(statistics) == len([*learn.model.buffers()])
 
 
+def test_on_a_gpu_recorder_and_bar_are_stock_afterwards(dls, tmp_path, monkeypatch, recorded):
+    """As far as a CPU can tell."""
+    monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    learn, stock = (make(dls, path=tmp_path) for _ in range(2))
+    fit(stock)
+    with fast(learn): fit(learn)
+    assert recorded == [learn.model]
+    for name in ('losses', 'lrs', 'values', 'iters'):
+        ours, theirs = (getattr(o.recorder, name) for o in (learn, stock))
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True): assert one == pytest.approx(other)
+    assert type(learn.recorder.smooth_loss) is type(stock.recorder.smooth_loss)
+    assert 'after_batch' not in vars(learn.progress)
+    learn.recorder.plot_loss()
+    with pytest.raises(KeyboardInterrupt), fast(learn): fit(learn, cbs=Interrupt())
+    assert_plain(learn)
+    assert type(learn.recorder.smooth_loss) is type(stock.recorder.smooth_loss)
+    fit(learn, 1)
+    assert len(learn.recorder.values) == 1
+
+
 def test_the_network_inside_another():
     network = nn.Linear(2, 2)
     for wrap in (nn.DataParallel, partial(torch.compile, backend='eager'), lambda m: torch.compile(nn.DataParallel(m))):
