@@ -27,8 +27,9 @@ def test_class_scores():
     scores = per_class_scores(*answers(COUNTS), VOCAB)
     assert list(scores) == ['class', 'images', 'recall', 'precision']
     assert rows(scores) == [('cat', 10, 7 / 10, 7 / 11), ('d|g', 10, 1, 10 / 13), ('eel', 5, 0, 0)]
-    _, (_, n, *shares) = rows(per_class_scores(*answers([[3, 0], [0, 0]]), ['a', 'b']))
-    assert (n, [math.isnan(o) for o in shares]) == (0, [True, True])
+    scores = per_class_scores(*answers([[3, 0], [0, 0]]), ['a', 'b'])
+    assert (list(scores.images), scores.images.dtype.kind) == ([3, 0], 'i')
+    assert scores.loc[1, ['recall', 'precision']].isna().all()
 
 
 def test_most_confused():

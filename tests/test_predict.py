@@ -122,7 +122,7 @@ def test_what_counts_as_an_image_is_the_same_everywhere(run, folder, tmp_path, c
     for name in ('labels.csv', 'x.heic', 'x.svg', '.hidden.png', '._c.JPG'): (one/name).touch()
     assert [f[-6:] for f in read_csv(capsys, run, one).file] == ['a.webp', 'b.jfif', '/c.JPG', '/d.tif']
     main(args(run, one, csv=True))
-    assert capsys.readouterr().err == (f'{one}: 3 of 7 files have no extension of an image and are left out, as '
+    assert capsys.readouterr().err == (f'{one}: 3 files have no extension of an image and are left out, as '
                                        'labels.csv\n')
     assert list(read_csv(capsys, run, eval_).actual) == ['blue', 'red']
 
@@ -160,6 +160,9 @@ def test_flip_averaging_is_the_mean_of_log_probabilities():
     assert text.splitlines()[2].split()[3:5] == ['100.00', '%']
     text = predict.describe_accuracy(*[torch.eye(3).log()] * 2, torch.arange(3), ['cat', 'd|g', 'eel'])
     assert text.endswith('Every image is classified correctly.')
+    text = predict.describe_accuracy(*[torch.eye(3)[:2].log()] * 2, torch.tensor([0, 2]), ['cat', 'd|g', 'eel'])
+    assert [line.split() for line in text.splitlines()[5:8]] == [
+        ['cat', '1', '100.0', '%', '100.0', '%'], ['d|g', '0', '–', '0.0', '%'], ['eel', '1', '0.0', '%', '–']]
 
 
 def save_as(mode, pixels, file):
