@@ -4,6 +4,7 @@
     loader      files → pixels → whole batches
     sources     where the images come from
     optim       loss and optimizer
+    winograd    3×3 convolutions in float32 on a CPU
     speed       `fast`, and precision
     processes   several processes, one for each GPU
     runs        the folder of a run: options, lock, atomic writes, checkpoint, resume

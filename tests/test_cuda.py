@@ -2,14 +2,18 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import MethodType
 
 import pytest
 import torch
-from conftest import ROOT, make_folder
+from conftest import ROOT, Interrupt, args, disturbed, interrupt, make_folder
 from fastai.vision.all import (
+    AvgSmoothLoss,
     Callback,
     ClassificationInterpretation,
     MixedPrecision,
+    Transform,
     default_device,
     first,
     get_image_files,
@@ -20,7 +24,8 @@ from torch.nn import functional as F
 import predict
 from arch import ResNet
 from lab.errors import RunError
-from lab.runs import Checkpoint, load_state
+from lab.runs import load_state
+from lab.speed import fast
 from predict import load_run
 from train_fastai import find_lrs, get_dls, get_learner, main
 
@@ -35,7 +40,7 @@ def path(tmp_path_factory): return make_folder(tmp_path_factory.mktemp('data')/'
 def run(path, tmp_path_factory):
     """A whole run through the command line, with the finder."""
     out = tmp_path_factory.mktemp('runs')/'bf16'
-    command = [sys.executable, ROOT/'train_fastai.py', '--data', path, '--out', out, '--bs', 16, '--epochs', 4]
+    command = [sys.executable, ROOT/'train_fastai.py', *args(data=path, out=out, bs=16, epochs=4)]
     done = subprocess.run([str(o) for o in command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, '')
     return out
@@ -55,36 +60,35 @@ def test_a_whole_run(run):
     assert m['precision'] == ('bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16')
     assert m['test_accuracy'] > 0.8
     assert all((run/f'{name}.png').exists() for name in ('lr_find', 'history', 'misclassified', 'top_losses'))
+    assert all(v.is_contiguous() for v in load_state(run/'model.pth').values())
 
 
-def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path, monkeypatch):
+def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
     options = dict(data=path, out=tmp_path/'run', bs=16, epochs=3, lr_min=1e-4, lr_max=1e-3, precision='fp16')
-    save = Checkpoint.save
-    def interrupted(self, epochs_done):
-        save(self, epochs_done)
-        if epochs_done == 2: raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(Checkpoint, 'save', interrupted)
-        with pytest.raises(SystemExit): main(**options)
-    scaler = load_state(tmp_path/'run/checkpoint.pth')['callbacks']['mixed_precision']
-    assert scaler['scale'] > 1
     scales = []
-    monkeypatch.setattr(Checkpoint, 'save', lambda self, n: (scales.append(self.scaler.get_scale()), save(self, n)))
-    main(resume=tmp_path/'run')
-    assert scales == [scaler['scale']]
+    def look(cb): scales.append(cb.learn.scaler.get_scale())
+    with disturbed(interrupt, epoch=2, batch=0), pytest.raises(SystemExit): main(args(**options))
+    scaler = dict(load_state(tmp_path/'run/checkpoint.pth')['callbacks'])['mixed_precision']
+    assert scaler['scale'] > 1
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(MixedPrecision, 'before_train', look, raising=False)
+        main(args(resume=tmp_path/'run'))
+    assert scales == [scaler['scale']], 'of the last epoch'
     assert json.loads((tmp_path/'run/metrics.json').read_text())['precision'] == 'fp16'
     assert len((tmp_path/'run/schedule.csv').read_text().splitlines()) == 1 + 3 * 12
 
 
-@pytest.mark.parametrize('stock', [False, True])
-def test_both_loaders_give_batches_on_the_gpu(path, stock):
-    dls = get_dls(path, bs=16, num_workers=0 if stock else None)
+@pytest.mark.parametrize('item_by_item', [False, True])
+def test_both_ways_to_make_batches_end_on_the_gpu(path, item_by_item):
+    dls = get_dls(path, bs=16)
     for dl in dls:
+        if item_by_item: dl.after_item.add(Transform(lambda x: x))
+        assert dl.makes_whole_batches != item_by_item
         x, y = first(dl)
         assert (x.device.type, y.device.type, x.shape[1:], x.dtype) == ('cuda', 'cuda', (3, 32, 32), torch.float32)
 
 
-def test_a_run_of_the_gpu_is_used_on_the_gpu_and_on_the_cpu(run, path, on_the_cpu):
+def test_a_run_of_the_gpu_is_used_on_both(run, path, on_the_cpu):
     file = get_image_files(path/'test').sorted()[0]
     learn = load_run(run, path)
     assert next(learn.model.parameters()).device.type == learn.dls.device.type == 'cpu'
@@ -98,22 +102,23 @@ def test_a_run_of_the_gpu_is_used_on_the_gpu_and_on_the_cpu(run, path, on_the_cp
     assert learn.predict(file)[0] == found[0]
     assert learn.predict(file)[2].cpu().numpy() == pytest.approx(found[2].numpy(), abs=0.05)
     assert len(ClassificationInterpretation.from_learner(learn).losses) == 48
-    assert find_lrs(learn, show_plot=True)[0] > 0
-    learn.fit_one_cycle(1, 1e-4)
+    with fast(learn):
+        assert find_lrs(learn, show_plot=True)[0] > 0
+        learn.fit_one_cycle(1, 1e-4)
     learn.recorder.plot_loss()
 
 
 def test_a_run_of_the_cpu_is_used_on_the_gpu(path, tmp_path, on_the_cpu):
-    main(data=path, out=tmp_path/'run', bs=16, epochs=1, lr_min=1e-4, lr_max=1e-3)
+    main(args(data=path, out=tmp_path/'run', bs=16, epochs=1, lr_min=1e-4, lr_max=1e-3))
     default_device(None)
     assert load_run(tmp_path/'run', path).validate()[1] == pytest.approx(
         json.loads((tmp_path/'run/metrics.json').read_text())['test_accuracy'], abs=0.05)
 
 
 def test_predict_names_and_evaluates(run, path, capsys):
-    predict.main(str(run), str(path/'test'))
+    predict.main(args(run, path/'test'))
     assert '48 images of 3 classes' in capsys.readouterr().out
-    predict.main(str(run), str(path/'test/red/0.png'))
+    predict.main(args(run, path/'test/red/0.png'))
     assert 'red' in capsys.readouterr().out
 
 
@@ -140,26 +145,58 @@ def test_no_training_step_waits_for_the_gpu(path, tmp_path):
         order = -1000
         def after_train(self): torch.cuda.set_sync_debug_mode('default')
     learn = get_learner(get_dls(path, bs=16), path=tmp_path)
-    try: learn.fit_one_cycle(3, 1e-3, cbs=[NoWaiting(), Waiting()])
+    try:
+        with fast(learn): learn.fit_one_cycle(3, 1e-3, cbs=[NoWaiting(), Waiting()])
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(learn.history.schedule) == 3 * 12
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_a_recorded_step_is_that_of_the_plain_network(path, tmp_path, precision):
+    class See(Callback):
+        def after_train(self): assert ('forward' in vars(self.model)) == (within is fast)
     runs = []
-    for recorded in (True, False):
+    for within in (fast, nullcontext):
         set_seed(42)
         learn = get_learner(get_dls(path, bs=16), ResNet(3, 3, width=64), precision=precision, path=tmp_path)
-        if not recorded: learn.remove_cb(learn.cuda_graph)
-        learn.fit_one_cycle(2, 1e-3)
+        with within(learn): learn.fit_one_cycle(2, 1e-3, cbs=See())
         assert 'forward' not in vars(learn.model)
-        runs.append((learn.history.rows, learn.model.state_dict()))
-    for one, other in zip(*(rows for rows, _ in runs), strict=True):
+        runs.append((learn.history.rows, learn.model.state_dict(), learn.recorder.values))
+    for one, other in zip(*(rows for rows, *_ in runs), strict=True):
         assert one['train_loss'] == pytest.approx(other['train_loss'], rel=0.05)
         assert one['test_loss'] == pytest.approx(other['test_loss'], rel=0.2)
-    (_, one), (_, other) = runs
+    (_, one, values), (_, other, _) = runs
     for k in one: assert torch.allclose(one[k].float(), other[k].float(), rtol=0.2, atol=0.05), k
+    assert [row[1] for row in values] == pytest.approx([row['test_loss'] for row in runs[0][0]], rel=1e-3)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_ctrl_c_in_fast_leaves_nothing(path, tmp_path, precision):
+    learn = get_learner(get_dls(path, bs=16), precision=precision, path=tmp_path)
+    with pytest.raises(KeyboardInterrupt), fast(learn): learn.fit_one_cycle(2, 1e-3, cbs=Interrupt())
+    assert not torch.is_autocast_enabled('cuda')
+    assert 'forward' not in vars(learn.model)
+    assert 'after_batch' not in vars(learn.progress)
+    assert type(learn.recorder.smooth_loss) is AvgSmoothLoss
+    assert all(p.is_contiguous() for p in learn.model.parameters())
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), fast(learn), learn.added_cbs(Interrupt()): learn.lr_find(show_plot=False)
+    assert all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
+    with fast(learn): learn.fit_one_cycle(2, 1e-3)
+    assert len(learn.history.rows) == 2
+    assert learn.validate()[0] < 2
+
+
+def test_a_forward_of_the_users_own_is_used_and_stays(path, tmp_path):
+    calls = []
+    def forward(self, x):
+        calls.append(len(x))
+        return type(self).forward(self, x)
+    learn = get_learner(get_dls(path, bs=16), path=tmp_path)
+    learn.model.forward = own = MethodType(forward, learn.model)
+    with fast(learn): learn.fit(2, 1e-3)
+    assert learn.model.forward is own
+    assert calls == 2 * (12 * [16] + 3 * [16]), 'of every batch'
 
 
 def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
@@ -167,17 +204,15 @@ def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
         def before_batch(self):
             if self.training and (self.epoch, self.iter) == (1, 7): self.learn.xb = (self.x * float('nan'),)
     learn = get_learner(get_dls(path, bs=16), path=tmp_path, ema=0)
-    with pytest.raises(RunError, match='not finite at batch 8 of 12 of epoch 2'):
+    with pytest.raises(RunError, match='not finite at batch 8 of 12 of epoch 2'), fast(learn):
         learn.fit_one_cycle(3, 1e-3, cbs=Break())
 
 
-def test_to_fp16_takes_the_place_of_our_precision(path, tmp_path):
-    learn = get_learner(get_dls(path, bs=16), precision='bf16', path=tmp_path).to_fp16()
-    assert [type(cb) for cb in learn.cbs if isinstance(cb, MixedPrecision)] == [type(learn.mixed_precision)]
-    losses = []
+def test_fp16_scales_the_loss(path, tmp_path):
+    learn, losses = get_learner(get_dls(path, bs=16), precision='fp16', path=tmp_path), []
     class Spy(Callback):
         order = MixedPrecision.order + 1
         def before_backward(self): losses.append((self.loss_grad / self.loss).item())
-    learn.fit_one_cycle(1, 1e-3, cbs=Spy())
+    with fast(learn): learn.fit_one_cycle(1, 1e-3, cbs=Spy())
     assert losses[0] == 65536
     assert learn.validate()[0] < 2

@@ -37,7 +37,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def two(images, tmp_path_factory):
-    """A run in two processes that are killed in the second epoch, and its resumption: its folder, and what both said."""
+    """A run in two processes that are killed in the second epoch, and resumed: its folder, and what both said."""
     out = tmp_path_factory.mktemp('runs')/'two'
     died = launch(out.parent, data=images, out=out, **OPTIONS, dies=BATCHES + 2)
     resumed = launch(out.parent, resume=out)
