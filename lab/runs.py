@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import io
 import pickle
 import shlex
@@ -16,13 +15,12 @@ from filelock import FileLock, Timeout
 
 from lab.errors import InputError, RunError, one_line
 from lab.loader import fingerprint
-from lab.sources import NetworkError, get_data, get_sample
+from lab.sources import NO_LOCKS, NetworkError, get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
-NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # of NFS and FUSE
 
 
 def atomic_write(file: Path, content: bytes):
