@@ -350,12 +350,12 @@ class TestRunFolder:
 BAD_OPTIONS = [
     (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'), (dict(data=''), '--data'),
     (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
-    (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX'),
+    (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX = 0.001'),
     (dict(lr_min=1e-3, lr_max=1e-3), '0 < LRMIN'), (dict(lr_min=0., lr_max=1e-3), '0 < LRMIN'),
     (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
     (dict(lr_end=0.), '--lr-end 0'), (dict(lr_end=-1), '--lr-end -1'),
     (dict(lr_end=math.inf), '--lr-end'), (dict(lr_end=math.nan), '--lr-end'),
-    (dict(lr_min=1e-4, lr_max=1e-3, lr_end=2e-3), '--lr-end 0.002 is larger than LRMAX, 1.00e-03'),
+    (dict(lr_min=1e-4, lr_max=1e-3, lr_end=2e-3), '--lr-end 0.002 is not at most LRMAX, 0.001'),
     (dict(wd=-1), '--wd -1'), (dict(wd=math.inf), '--wd inf'), (dict(wd=math.nan), '--wd nan'),
     (dict(label_smoothing=1), '--label-smoothing 1'), (dict(label_smoothing=-0.1), '--label-smoothing -0.1'),
     (dict(precision='int8'), '--precision int8 is not one of'), (dict(ema=1), '--ema 1'),
@@ -376,7 +376,7 @@ def test_options_out_of_range(change, message):
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'data folder nowhere does not exist'),
     (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'),
-    (dict(resume='.'), 'checkpoint.pth does not exist; start a run without --resume'),
+    (dict(resume='.'), 'checkpoint.pth cannot be read (No such file or directory); start a run without --resume'),
     (dict(resume='.', bs=512), '--bs: --resume takes --data and no other option'),  # a default that is given
 ], ids=str)
 def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
@@ -426,7 +426,7 @@ def test_the_rate_cannot_end_above_a_peak_that_was_found(folder, tmp_path, capsy
     monkeypatch.setattr(train_fastai, 'find_lrs', lambda _: (1e-4, 1e-3))
     monkeypatch.setattr(train_fastai, 'save_finder', lambda *_: None)
     line = ends(capsys, 2, main, data=folder, out=tmp_path/'out', bs=8, lr_end=2e-3)
-    assert '--lr-end 0.002 is larger than LRMAX, 1.00e-03' in line
+    assert '--lr-end 0.002 is not at most LRMAX, 0.001' in line
 
 
 def test_a_quick_look_is_short_whatever_else_is_said(tmp_path, capsys):
