@@ -58,7 +58,8 @@ class History(TrainingCallback):
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
 
-    def before_fit(self): self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
+    def before_fit(self):
+        if self.opt: self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
 
     def before_train(self): self.start, self.losses, self.accuracies = time.perf_counter(), [], []
 

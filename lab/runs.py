@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import io
 import pickle
 import shlex
@@ -16,13 +15,12 @@ from filelock import FileLock, Timeout
 
 from lab.errors import InputError, RunError, one_line
 from lab.loader import fingerprint
-from lab.sources import NetworkError, get_data, get_sample
+from lab.sources import NO_LOCKS, NetworkError, get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
-NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # of NFS and FUSE
 
 
 def atomic_write(file: Path, content: bytes):
@@ -187,12 +185,12 @@ def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, set[st
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
     inf, lrs = float('inf'), (o.lr_min, o.lr_max)
+    if lrs.count(None) == 1: raise InputError('--lr-min and --lr-max go together: give both or none')
     for name, ok, rule in (
             ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'),
             ('bs', o.bs >= 1, 'at least 1'), ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
             ('bs', o.bs % max(num_distrib(), 1) == 0, f'a multiple of {num_distrib()}, the number of processes'),
-            ('lr_min', lrs.count(None) != 1, 'given together with --lr-max'),
-            ('lr_min', None in lrs or 0 < o.lr_min < o.lr_max < inf, f'between 0 and --lr-max {o.lr_max}'),
+            ('lr_min', None in lrs or 0 < o.lr_min < o.lr_max < inf, f'in 0 < LRMIN < LRMAX = {o.lr_max}'),
             ('lr_end', o.lr_end is None or 0 < o.lr_end < inf, 'a positive number'),
             ('lr_end', not (o.lr_end and o.lr_max and o.lr_end > o.lr_max), f'at most LRMAX, {o.lr_max}'),
             ('wd', 0 <= o.wd < inf, 'at least 0 and finite'),

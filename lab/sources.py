@@ -1,5 +1,6 @@
 """Where the images come from: a folder that is given, CIFAR-10 found or downloaded, or the sample in the repository."""
 import contextlib
+import errno
 import tempfile
 from http.client import HTTPException
 from urllib.error import URLError
@@ -17,6 +18,7 @@ SAMPLE = Path(__file__).parents[1]/'sample/cifar10_sample.tgz'
 SIZES = dict(cifar10=60_000, cifar10_torchvision=60_000, cifar10_sample=6_000)  # images in each folder
 MIB = 2**20
 TIMEOUT = 20  # seconds without a byte, after which a server counts as one that does not answer
+NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS  # of NFS and FUSE
 NETWORK_ERRORS = URLError, ConnectionError, TimeoutError, HTTPException  # a full disk raises none of these
 
 
@@ -41,7 +43,10 @@ def get_folder(name: str, fill: Callable) -> Path:
     An error leaves no part of it. Raises `InputError`, and whatever `fill` raises.
     """
     path = data_folder()/name
-    with contextlib.nullcontext() if path.exists() else FileLock(path.with_name(f'.{name}.lock')):
+    with contextlib.ExitStack() as stack:
+        try: path.exists() or stack.enter_context(FileLock(path.with_name(f'.{name}.lock')))
+        except OSError as e:
+            if e.errno not in NO_LOCKS: raise  # it is moved into place whole, so that several may make it
         if not path.exists():
             with tempfile.TemporaryDirectory(prefix=f'.{name}', dir=path.parent) as tmp:
                 made = fill(Path(tmp))

@@ -216,7 +216,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     GPUs, else 'fp32'. Raises `InputError` for one that does not exist there."""
     if precision not in PRECISIONS: raise InputError(f'--precision {precision} is not one of {", ".join(PRECISIONS)}')
     if precision == 'fp16' and device.type != 'cuda' or precision == 'bf16' and device.type not in ('cpu', 'cuda'):
-        raise InputError(f'--precision {precision} does not work on "{device.type}"; use auto')
+        needed = 'a CUDA GPU or a CPU' if precision == 'bf16' else 'a CUDA GPU'
+        raise InputError(f'--precision {precision} needs {needed}, not "{device.type}"')
     if precision != 'auto': return precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
     native = torch.cpu.get_capabilities().get('amx_bf16') or torch.cpu.get_capabilities().get('avx512_bf16')

@@ -3,14 +3,13 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Malicious, args, ends
+from conftest import Malicious, args, ends
 from fastai.vision.all import ClassificationInterpretation, PILImage
 from PIL import Image
 
@@ -115,16 +114,15 @@ def test_table_has_each_class_with_its_probability(run, folder, capsys):
 def test_what_counts_as_an_image_is_the_same_everywhere(run, folder, tmp_path, capsys, monkeypatch):
     """E12: whatever the machine's mimetypes say; what is left out is counted, and hidden files are no images."""
     monkeypatch.setattr('fastai.data.transforms.image_extensions', set())
-    image, one, eval_ = Image.open(folder/'test/red/0.png'), tmp_path/'one', tmp_path/'eval'
-    for name in ('one/a.webp', 'one/b.jfif', 'one/c.JPG', 'one/d.tif', 'eval/red/e.webp', 'eval/blue/f.bmp'):
-        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(tmp_path/name, format='jpeg' if name.endswith('jfif') else None)
-    for name in ('labels.csv', 'x.heic', 'x.svg', '.hidden.png', '._c.JPG'): (one/name).touch()
-    assert [f[-6:] for f in read_csv(capsys, run, one).file] == ['a.webp', 'b.jfif', '/c.JPG', '/d.tif']
-    main(args(run, one, csv=True))
-    assert capsys.readouterr().err == (f'{one}: 3 files have no extension of an image and are left out, as '
-                                       'labels.csv\n')
-    assert list(read_csv(capsys, run, eval_).actual) == ['blue', 'red']
+    for split, names in dict(one=['a.webp', 'b.jfif', 'c.JPG'], eval=['red/d.webp', 'blue/e.bmp']).items():
+        for file in (tmp_path/split/name for name in names):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (32, 32)).save(file, format='jpeg' if file.suffix == '.jfif' else None)
+    for name in ('labels.csv', 'x.heic', 'x.svg', '.hidden.png', '._c.JPG'): (tmp_path/'one'/name).touch()
+    assert [f[-4:] for f in read_csv(capsys, run, tmp_path/'one').file] == ['webp', 'jfif', '.JPG']
+    main(args(run, tmp_path/'one', csv=True))
+    assert '3 files have no extension of an image and are left out, as labels.csv\n' in capsys.readouterr().err
+    assert list(read_csv(capsys, run, tmp_path/'eval').actual) == ['blue', 'red']
 
 
 def test_evaluation_is_that_of_the_run_and_of_a_count_by_hand(run, folder, capsys):
@@ -165,27 +163,6 @@ def test_flip_averaging_is_the_mean_of_log_probabilities():
         ['cat', '1', '100.0', '%', '100.0', '%'], ['d|g', '0', '–', '0.0', '%'], ['eel', '1', '0.0', '%', '–']]
 
 
-def save_as(mode, pixels, file):
-    image = Image.fromarray(pixels)
-    if mode == 'I;16': image = Image.fromarray(np.asarray(image.convert('L')).astype('uint16') * 257)
-    elif mode != 'RGB': image = image.convert(mode)
-    image.save(file)
-    return file
-
-
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'LA', 'RGBA', 'P', '1', 'I;16', 'CMYK'])
-def test_images_of_any_size_and_mode(tmp_path, mode):
-    """On images of a few large fields of a colour, the left grey, the right white."""
-    for w, h in ((32, 32), (64, 96), (7, 5), (200, 33)):
-        pixels = np.full((h, w, 3), 128, 'uint8')
-        pixels[:, w // 2:] = 255
-        image, = decode_images([save_as(mode, pixels, tmp_path/('x.tif' if mode == 'CMYK' else 'x.png'))], resize=True)
-        assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
-        left, right = image[:, :, :10].float().mean(), image[:, :, -10:].float().mean()
-        assert right > 250
-        if mode != '1': assert abs(left - 128) < 3
-
-
 def test_centre_square_of_a_larger_image(tmp_path):
     """On an image whose green tells the row and whose blue the column."""
     pixels = np.stack(np.broadcast_arrays(np.uint8(0), np.arange(64, dtype='uint8')[:, None], np.arange(128)), -1)
@@ -195,6 +172,9 @@ def test_centre_square_of_a_larger_image(tmp_path):
     large, small = decode_images([tmp_path/'x.png', tmp_path/'y.png'], resize=True).permute(0, 2, 3, 1).numpy()
     assert np.abs(large - pixels[::2, 32:96:2].astype('float32')).max() <= 1
     assert (small == pixels[::2, 32:96:2]).all(), 'a crop of the right size is not resampled'
+    for size in ((7, 5), (200, 33), (1, 1000)):
+        Image.new('CMYK', size).save(tmp_path/'z.tif')
+        assert (decode_images([tmp_path/'z.tif'], resize=True) == 255).all()
 
 
 def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
@@ -202,7 +182,7 @@ def test_learn_predict_reads_images_as_the_command_does(run, tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path/'x.png', exif=exif)
-    save_as('I;16', pixels, tmp_path/'y.png')
+    Image.fromarray(pixels[:, :, 0].astype('uint16') * 257).save(tmp_path/'y.png')
     learn = load_run(run)
     for row in read_csv(capsys, run, tmp_path).itertuples():
         name, _, probabilities = learn.predict(row.file)
@@ -217,10 +197,8 @@ def make(path, *names):
         Image.new('RGB', (32, 32)).save(path/name)
 
 
-def floating_point(path): Image.fromarray(np.zeros((32, 32), 'float32')).save(path/'float.tif')
 def empty(path): (path/'empty').mkdir()
 def text(path): (path/'text.png').write_text('hello')
-def truncated(path): (path/'half.png').write_bytes((ROOT/'docs/cifar10/history.png').read_bytes()[:5000])
 def nothing(path): pass
 def other_class(path): make(path, 'eval/red/0.png', 'eval/pink/0.png')
 def stray_image(path): make(path, 'eval/red/0.png', 'eval/0.png')
@@ -230,11 +208,9 @@ def whole_data(path): make(path, 'data/train/red/0.png', 'data/test/red/0.png')
 @pytest.mark.parametrize(('prepare', 'images', 'message'), [
     (nothing, [], 'no image was given'), (nothing, ['none.png'], '"none.png" does not exist'),
     (empty, ['empty'], 'empty holds no images'), (text, ['text.png'], 'text.png cannot be read as an image'),
-    (truncated, ['half.png'], 'half.png cannot be read as an image ('),
     (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class: eval/blue|green|red\n'),
     (stray_image, ['eval'], 'eval/0.png is not in a sub-folder with the name of a class'),
     (whole_data, ['data'], '; the test images are in data/test\n'),
-    (floating_point, ['float.tif'], 'float.tif cannot be read as an image (its pixels have 32 bits'),
     (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '"" does not exist'),
     (nothing, ['x' * 300], 'does not exist'), (other_class, ['eval', 'eval'], 'give it alone')],
     ids=lambda o: getattr(o, '__name__', None))
@@ -265,13 +241,15 @@ def test_stream_of_few_letters_and_of_windows_line_ends(run, folder, tmp_path, m
     assert end == b''
 
 
-def test_reader_that_leaves_is_no_error(run, folder):
-    images = 20 * list(map(str, (folder/'test').rglob('*.png')))  # more than a pipe's buffer in Python
-    process = subprocess.Popen([sys.executable, str(ROOT/'predict.py'), str(run), *images, '--csv'],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert process.stderr.read() == ''
-    assert process.wait() == 141
+def test_reader_that_leaves_is_no_error(run, folder, monkeypatch, capsys):
+    """As in `predict.py … | head`: what was printed is written before the program's end, not at exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'w') as pipe, monkeypatch.context() as m:
+        m.setattr(sys, 'stdout', pipe)
+        with pytest.raises(SystemExit) as e: main(args(run, folder/'test/red', csv=True))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for Python's own end of the pipe
+    assert (e.value.code, capsys.readouterr().err) == (141, '')
 
 
 def no_weights(run): (run/'model.pth').unlink()

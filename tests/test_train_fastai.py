@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SIX_EPOCHS, args, end, ends, make_folder, one_cycle
+from conftest import ROOT, SIX_EPOCHS, args, ends, make_folder, one_cycle
 from fastai.vision.all import (
     Adam,
     Callback,
@@ -23,7 +23,6 @@ from fastai.vision.all import (
     cifar_stats,
     defaults,
     load_learner,
-    set_seed,
 )
 from PIL import Image
 from torch import nn
@@ -351,12 +350,12 @@ class TestRunFolder:
 BAD_OPTIONS = [
     (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'), (dict(data=''), '--data'),
     (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
-    (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX'),
+    (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX = 0.001'),
     (dict(lr_min=1e-3, lr_max=1e-3), '0 < LRMIN'), (dict(lr_min=0., lr_max=1e-3), '0 < LRMIN'),
     (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
     (dict(lr_end=0.), '--lr-end 0'), (dict(lr_end=-1), '--lr-end -1'),
     (dict(lr_end=math.inf), '--lr-end'), (dict(lr_end=math.nan), '--lr-end'),
-    (dict(lr_min=1e-4, lr_max=1e-3, lr_end=2e-3), '--lr-end 0.002 is larger than LRMAX, 1.00e-03'),
+    (dict(lr_min=1e-4, lr_max=1e-3, lr_end=2e-3), '--lr-end 0.002 is not at most LRMAX, 0.001'),
     (dict(wd=-1), '--wd -1'), (dict(wd=math.inf), '--wd inf'), (dict(wd=math.nan), '--wd nan'),
     (dict(label_smoothing=1), '--label-smoothing 1'), (dict(label_smoothing=-0.1), '--label-smoothing -0.1'),
     (dict(precision='int8'), '--precision int8 is not one of'), (dict(ema=1), '--ema 1'),
@@ -377,7 +376,7 @@ def test_options_out_of_range(change, message):
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'data folder nowhere does not exist'),
     (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'),
-    (dict(resume='.'), 'checkpoint.pth does not exist; start a run without --resume'),
+    (dict(resume='.'), 'checkpoint.pth cannot be read (No such file or directory); start a run without --resume'),
     (dict(resume='.', bs=512), '--bs: --resume takes --data and no other option'),  # a default that is given
 ], ids=str)
 def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
@@ -392,13 +391,6 @@ def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, mon
 def test_shortened_options_count_as_given(tmp_path, capsys, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     assert ends(capsys, 2, main, *given) == 'error: --bs: --resume takes --data and no other option\n'
-
-
-def test_help_names_the_choices_of_an_option(capsys):
-    with pytest.raises(SystemExit) as e: main(['--help'])
-    assert e.value.code == 0
-    assert '--precision {auto,fp32,bf16,fp16}' in capsys.readouterr().out
-    assert "--precision: invalid choice: 'int8'" in end(capsys, 2, main, precision='int8')
 
 
 @pytest.mark.parametrize('error', [ValueError('no\npicture'), OSError(28, 'No space left on device')], ids=repr)
@@ -434,34 +426,20 @@ def test_the_rate_cannot_end_above_a_peak_that_was_found(folder, tmp_path, capsy
     monkeypatch.setattr(train_fastai, 'find_lrs', lambda _: (1e-4, 1e-3))
     monkeypatch.setattr(train_fastai, 'save_finder', lambda *_: None)
     line = ends(capsys, 2, main, data=folder, out=tmp_path/'out', bs=8, lr_end=2e-3)
-    assert '--lr-end 0.002 is larger than LRMAX, 1.00e-03' in line
+    assert '--lr-end 0.002 is not at most LRMAX, 0.001' in line
 
 
 def test_a_quick_look_is_short_whatever_else_is_said(tmp_path, capsys):
     path, out = make_folder(tmp_path/'d', train=41, test=11), tmp_path/'out'
+    (out/'models/rest').mkdir(parents=True)  # somebody else's
     message = 'has 15 training images, taking one in 10, fewer than one batch of 64'
     assert message in ends(capsys, 2, main, data=path, out=out, quick=True)
     main(args(data=path, out=out, quick=True, bs=4, lr_min=1e-4, lr_max=1e-3))
     assert 'A quick look' in capsys.readouterr().out
     m = read_metrics(out)
     assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (4, 4, 15, 6)
+    assert (out/'models/rest').exists()
     assert f'--data {path} --epochs 4 --bs 4 --lr-min 0.0001 --lr-max 0.001 --quick\n' in (out/'report.md').read_text()
-
-
-def test_a_network_that_ends_in_logits_gives_the_same_tables(folder, tmp_path, monkeypatch, no_pictures):
-    options = dict(data=folder, epochs=4, bs=8, lr_min=1e-4, lr_max=1e-3, precision='fp32')
-    main(args(out=tmp_path/'ours', **options))
-    set_seed(42)
-    net = ResNet(3, 3)
-    net.softmax = nn.Identity()
-    monkeypatch.setattr(train_fastai, 'get_learner', partial(get_learner, model=net))
-    main(args(out=tmp_path/'theirs', **options))
-    ours, theirs = (pd.read_csv(tmp_path/name/'misclassified.csv') for name in ('ours', 'theirs'))
-    assert 0 < len(ours) < 12
-    assert ours[['file', 'actual', 'predicted']].equals(theirs[['file', 'actual', 'predicted']])
-    for name in ('probability', 'loss'): assert theirs[name].tolist() == pytest.approx(ours[name].tolist(), abs=1e-5)
-    assert (tmp_path/'ours/classes.csv').read_bytes() == (tmp_path/'theirs/classes.csv').read_bytes()
-    assert '| last stage | SoftMax | Identity |' in (tmp_path/'theirs/report.md').read_text()
 
 
 def test_a_run_of_another_network_is_loaded_into_it(folder, tmp_path, capsys, monkeypatch, no_pictures):
@@ -488,12 +466,3 @@ def test_an_interrupted_finder_leaves_nothing_in_the_way(folder, tmp_path, capsy
         assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
     main(args(**options))
     assert {f.name for f in (tmp_path/'out').iterdir()} == FILES | FINDERS
-
-
-def test_a_dollar_sign_and_a_models_folder(tmp_path):
-    path, out = make_folder(tmp_path/'d'), tmp_path/'out'
-    for split in ('train', 'test'): (path/split/'red').rename(path/split/'$\\a_{$')
-    (out/'models/rest').mkdir(parents=True)
-    main(args(data=path, out=out, bs=8, epochs=1, lr_min=1e-4, lr_max=1e-3))
-    assert {f.name for f in out.iterdir()} == FILES | {'models'}
-    assert (out/'models/rest').exists()
