@@ -19,5 +19,5 @@ Imports go one way: nothing here imports the experiment, its callbacks or its ne
 """
 import warnings
 
-warnings.filterwarnings('ignore', r'`torch\.jit\.script` is deprecated', FutureWarning)  # at fastai's import
+warnings.filterwarnings('ignore', r'`torch\.jit\.script` is ', FutureWarning)  # at fastai's import
 warnings.filterwarnings('ignore', module=r'PIL\.')  # about images that can be read anyway
