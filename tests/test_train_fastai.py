@@ -348,31 +348,25 @@ class TestRunFolder:
 
 
 BAD_OPTIONS = [
-    (dict(epochs=0), '--epochs 0'), (dict(epochs=-3), '--epochs -3'), (dict(bs=0), '--bs 0'), (dict(data=''), '--data'),
-    (dict(seed=-1), '--seed -1'), (dict(seed=2**32), '--seed'), (dict(lr_min=1e-3), 'go together'),
-    (dict(lr_max=1e-3), 'go together'), (dict(lr_min=1e-2, lr_max=1e-3), '0 < LRMIN < LRMAX = 0.001'),
-    (dict(lr_min=1e-3, lr_max=1e-3), '0 < LRMIN'), (dict(lr_min=0., lr_max=1e-3), '0 < LRMIN'),
-    (dict(lr_min=1e-3, lr_max=math.inf), '0 < LRMIN'), (dict(lr_min=math.nan, lr_max=1e-3), '0 < LRMIN'),
-    (dict(lr_end=0.), '--lr-end 0'), (dict(lr_end=-1), '--lr-end -1'),
-    (dict(lr_end=math.inf), '--lr-end'), (dict(lr_end=math.nan), '--lr-end'),
-    (dict(lr_min=1e-4, lr_max=1e-3, lr_end=2e-3), '--lr-end 0.002 is not at most LRMAX, 0.001'),
-    (dict(wd=-1), '--wd -1'), (dict(wd=math.inf), '--wd inf'), (dict(wd=math.nan), '--wd nan'),
-    (dict(label_smoothing=1), '--label-smoothing 1'), (dict(label_smoothing=-0.1), '--label-smoothing -0.1'),
-    (dict(precision='int8'), '--precision int8 is not one of'), (dict(ema=1), '--ema 1'),
-    (dict(ema=-0.1), '--ema -0.1'), (dict(ema=math.nan), '--ema nan'),
-]
+    dict(data=''), dict(epochs=0), dict(epochs=-3), dict(bs=0), dict(seed=-1), dict(seed=2**32), dict(lr_min=1e-3),
+    dict(lr_min=None, lr_max=1e-3), dict(lr_min=1e-2, lr_max=1e-3), dict(lr_min=1e-3, lr_max=1e-3),
+    dict(lr_min=0., lr_max=1e-3), dict(lr_min=1e-3, lr_max=math.inf), dict(lr_min=math.nan, lr_max=1e-3),
+    dict(lr_end=0.), dict(lr_end=-1), dict(lr_end=math.inf), dict(lr_end=math.nan),
+    dict(lr_end=2e-3, lr_min=1e-4, lr_max=1e-3), dict(wd=-1), dict(wd=math.inf), dict(wd=math.nan),
+    dict(label_smoothing=1), dict(label_smoothing=-0.1), dict(precision='int8'), dict(ema=1), dict(ema=-0.1),
+    dict(ema=math.nan)]
 
 
-@pytest.mark.parametrize(('change', 'message'), BAD_OPTIONS, ids=lambda o: ' '.join(o) if isinstance(o, dict) else '')
-def test_options_out_of_range(change, message):
+@pytest.mark.parametrize('change', BAD_OPTIONS, ids=str)
+def test_options_out_of_range(change):
     check_options(Options())
-    with pytest.raises(InputError) as e: check_options(Options(**change))
-    assert message in str(e.value)
+    name, value = next(iter(change.items()))
+    with pytest.raises(InputError, match=f'^--{name.replace("_", "-")} {value}'): check_options(Options(**change))
 
 
 @pytest.mark.parametrize(('options', 'message'), [
     (dict(epochs=0), '--epochs 0'),
-    (dict(precision='fp16'), '--precision fp16 needs a CUDA GPU'),
+    (dict(precision='fp16'), '--precision fp16 '),
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'data folder nowhere does not exist'),
     (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'),
