@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 from conftest import args, ends, make_folder
 from fastai.data.external import fastai_cfg
-from fastai.vision.all import FlipItem, RandomCrop, RandomResizedCrop, Resize, URLs, aug_transforms, cifar_stats
+from fastai.vision.all import (
+    FlipItem,
+    PILImage,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+    URLs,
+    aug_transforms,
+    cifar_stats,
+)
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -304,6 +313,14 @@ def test_images_of_any_size_are_trained_on(mixed, options):
     told = ' '.join(list_augmentations(dls))
     for tfm in (*options.get('item_tfms', [FlipLR()]), *options.get('batch_tfms', [])):
         assert type(tfm).__name__.replace('AffineCoordTfm', 'Flip') in told
+
+
+def test_a_transform_that_resizes_comes_first(mixed):
+    squish = Resize(32, method='squish')
+    dls = get_dls(mixed, bs=8, item_tfms=[squish])
+    for i, file in enumerate(dls.valid_ds.items):
+        image, _ = dls.valid.after_item(dls.valid_ds[i])
+        assert (image.permute(1, 2, 0).numpy() == np.asarray(squish(PILImage.create(file), split_idx=1))).all()
 
 
 def test_resize_is_an_option_of_the_command(mixed, tmp_path, no_pictures):
