@@ -206,15 +206,6 @@ def test_the_same_seed_gives_the_same_run_whatever_drew_before(dls, tmp_path):
     assert rows(fit(make(dls, seed=8, path=tmp_path))) != rows(runs[0])
 
 
-def test_epochs_differ_in_their_randomness(dls):
-    seeds, draws = SeedEpochs(3), []
-    seeds.learn = make(dls)
-    for seeds.learn.epoch in (0, 1, 0):
-        seeds.before_train()
-        draws.append((torch.rand(1).item(), dls.train.rng.random()))
-    assert draws[0] == draws[2] != draws[1]
-
-
 class Spoil(Callback):
     """Makes the images of batch `i` of an epoch's training, or of its test, no numbers."""
     def __init__(self, training: bool, epoch: int, i: int): self.at = training, epoch, i

@@ -216,55 +216,33 @@ def zero_bytes(path): (path/'test/red/0.png').write_bytes(b'')
 def text_as_image(path): (path/'train/red/0.png').write_text('hello')
 def half_an_image(path): (path/'train/red/1.png').write_bytes((path/'train/red/1.png').read_bytes()[:300])
 def first_image_half(path): (path/'train/blue/0.png').write_bytes((path/'train/blue/0.png').read_bytes()[:300])
-
-
 def malformed_exif(path):
     """As a camera's faulty software leaves it; some readers pass over it."""
     Image.new('RGB', (32, 32)).save(path/'test/red/0.png', exif=b'Exif\0\0no TIFF at all')
-
-
 def floating_point(path):
     (path/'train/red/0.png').unlink()
     Image.fromarray(np.zeros((32, 32), 'float32')).save(path/'train/red/0.tif')
-
-
 def sequence(path): Image.new('RGB', (32, 32)).save(path/'train/red/8.gif', save_all=True, append_images=[
     Image.new('RGB', (32, 32), 'red')])
 def broken_link(path): (path/'train/red/8.png').symlink_to('nowhere.png')
 def file_as_split(path):
     (path/'test').rename(path/'rest')
     (path/'test').touch()
-
-
 def no_test_folder(path): (path/'test').rename(path/'testing')
 def extra_class(path): (path/'train/pink').mkdir()
 def lacking_class(path): (path/'train/red').rename(path/'red')
-
-
 def empty_class(path):
     for split in ('train', 'test'): (path/split/'pink').mkdir()
-
-
 def no_images(path):
     for f in path.rglob('*.png'): f.unlink()
-
-
 def one_class(path):
     for split in ('train', 'test'):
         for c in ('red', 'blue'): (path/split/c).rename(path/f'{split} {c}')
-
-
 def image_beside_classes(path): (path/'train/red/0.png').rename(path/'train/0.png')
-
-
 def image_too_deep(path):
     (path/'train/red/more').mkdir()
     (path/'train/red/0.png').rename(path/'train/red/more/0.png')
-
-
 def gone(path): path.rename(path.with_name('elsewhere'))
-
-
 def a_file(path):
     gone(path)
     path.write_text('no folder')

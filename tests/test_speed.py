@@ -152,24 +152,6 @@ def test_moments_that_are_loaded_find_their_weights(dls, tmp_path, event, opt_fu
     assert equal(go_on(learners[2], Loads(event)), expected), 'loaded by a callback'
 
 
-def test_a_step_by_hand_after_fast_is_the_right_one(dls, tmp_path):
-    learn = make(dls, path=tmp_path)
-    with fast(learn):
-        learn.fit(1, 1e-3)
-        learn.save('m', with_opt=True)
-    torch.manual_seed(0)
-    grads, ends = [torch.randn_like(p) for p in learn.model.parameters()], []
-    for load in (False, True):
-        if load: learn.load('m', with_opt=True)
-        before = weights(learn)
-        for p, g in zip(learn.model.parameters(), grads, strict=True): p.grad = g.clone()
-        learn.opt.step()
-        ends.append(weights(learn))
-        stepped = (ends[-1]['prep.0.weight'] - before['prep.0.weight']).abs().max()
-        assert 0 < stepped < 0.02, 'a pairing by memory would be off by more'
-    assert equal(*ends)
-
-
 class SeeConv(Callback):
     """Notes what becomes of the convolution of `Views`."""
     def before_fit(self): self.found = []
