@@ -1,17 +1,21 @@
 """Changed experiments of the kinds that used to end with wrong numbers in a finished report."""
 import errno
 import json
+from collections import deque
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import SIX_EPOCHS, args, disturbed
 from fastai.callback.mixup import MixUp
 from fastai.vision.all import (
+    Callback,
     CancelFitException,
     CSVLogger,
     EarlyStoppingCallback,
+    FocalLossFlat,
     GradientAccumulation,
     ReduceLROnPlateau,
     RocAuc,
@@ -64,7 +68,7 @@ def read_metrics(out) -> dict:
 def check_results(out, folder, capsys) -> dict:
     """Every result must be that of the weights that are written, as predict.py and fastai compute it from them."""
     m, learn = read_metrics(out), load_run(out, folder)
-    assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']], abs=1e-5)
+    assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']], rel=1e-5)
     capsys.readouterr()
     predict.main(args(out, folder/'test', csv=True))
     predicted = pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out))
@@ -102,15 +106,22 @@ def test_weights_that_were_changed_after_the_last_test(options, folder, capsys):
 def other_metrics(learn): learn.metrics = [error_rate, RocAuc()]
 def no_metrics(learn): learn.metrics = []
 def train_metrics(learn): learn.recorder.train_metrics = True
+def other_loss(learn): learn.loss_func = FocalLossFlat()
+def shuffled_tests(learn): learn.dls.loaders[1] = learn.dls.valid.new(shuffle=True)
 
 
 
-@pytest.mark.parametrize('change', [other_metrics, no_metrics, train_metrics])
+@pytest.mark.parametrize('change', [other_metrics, no_metrics, train_metrics, other_loss, shuffled_tests])
 def test_accuracy_is_computed_not_looked_up(options, folder, capsys, change):
     """A2."""
     rows = experiment(one_cycle(), change, **options).history.rows
     m = check_results(options['out'], folder, capsys)
     assert (m['test_accuracy'], m['weights_of_epoch']) == (rows[-1]['test_accuracy'], 6)
+
+
+def test_the_report_has_the_weight_decay_of_the_fit(options):
+    experiment(lambda learn, checkpoint: learn.fit_one_cycle(6, 1e-3, wd=0.3, cbs=checkpoint()), **options)
+    assert read_metrics(options['out'])['recipe']['wd'] == 0.3
 
 
 def compiled(learn): learn.model = torch.compile(learn.model, backend='eager')
@@ -182,11 +193,29 @@ def restarts(learn, checkpoint): learn.fit_sgdr(2, 2, lr_max=1e-3, cbs=checkpoin
 def plateau(learn, checkpoint): learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau()])
 
 
+class Count(Callback):
+    """Counts batches in objects of a kind, and leaves the number in the network."""
+    order = 60
+
+    def __init__(self, new, add): self.new, self.add = new, add
+
+    def before_fit(self): self.o = self.new()
+
+    def after_batch(self):
+        if self.training: self.add(self.o, self.train_iter)
+
+    def after_fit(self): self.learn.model.fc.bias.data.fill_(float(np.sum([*self.o])))
+
+
 FITS = dict(two_fits=two_fits, find_between=find_between, one_checkpoint_for_all=one_checkpoint_for_all,
             fine_tune=fine_tune, new_optimizer=new_optimizer, flat_then_cosine=flat_then_cosine, restarts=restarts,
             plateau=plateau, best=one_cycle(SaveModelCallback), stop=one_cycle(Stop),
             best_and_stop=one_cycle(partial(SaveModelCallback, monitor='accuracy'), Stop),
-            accumulation=one_cycle(partial(GradientAccumulation, n_acc=20)), mixup=one_cycle(MixUp))
+            accumulation=one_cycle(partial(GradientAccumulation, n_acc=20)), mixup=one_cycle(MixUp),
+            best_training=one_cycle(partial(SaveModelCallback, monitor='train_loss')),
+            array=one_cycle(partial(Count, partial(np.zeros, 1), lambda o, i: np.add(o, i, out=o))),
+            queue=one_cycle(partial(Count, partial(deque, maxlen=15), deque.append)),
+            set=one_cycle(partial(Count, set, set.add)))
 
 
 @pytest.fixture(scope='module')
