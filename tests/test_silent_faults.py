@@ -68,7 +68,7 @@ def read_metrics(out) -> dict:
 def check_results(out, folder, capsys) -> dict:
     """Every result must be that of the weights that are written, as predict.py and fastai compute it from them."""
     m, learn = read_metrics(out), load_run(out, folder)
-    assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']], abs=1e-5)
+    assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']], rel=1e-5)
     capsys.readouterr()
     predict.main(args(out, folder/'test', csv=True))
     predicted = pd.read_csv(pd.io.common.StringIO(capsys.readouterr().out))

@@ -249,7 +249,8 @@ def test_auto_takes_what_a_gpu_is_made_for(monkeypatch, capability, expected):
 
 
 @pytest.mark.parametrize(('precision', 'device', 'message'), [
-    ('int8', 'cpu', '--precision int8 is not one of auto, fp32'), ('fp16', 'cpu', '--precision fp16 needs a CUDA GPU, '),
+    ('int8', 'cpu', '--precision int8 is not one of auto, fp32'),
+    ('fp16', 'cpu', '--precision fp16 needs a CUDA GPU, not "cpu"'),
     ('bf16', 'mps', '--precision bf16 needs a CUDA GPU or a CPU, not "mps"')])
 def test_a_precision_that_does_not_exist(precision, device, message):
     with pytest.raises(InputError, match=message): resolve_precision(precision, torch.device(device))
