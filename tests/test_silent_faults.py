@@ -222,8 +222,8 @@ FITS = dict(two_fits=two_fits, find_between=find_between, one_checkpoint_for_all
 def wholes(): return {}
 
 
-@pytest.mark.parametrize('epoch', [1, 3])
-@pytest.mark.parametrize('name', FITS)
+@pytest.mark.parametrize(('name', 'epoch'), [(name, 3) for name in FITS] + [(name, 1) for name in (
+    'two_fits', 'find_between', 'one_checkpoint_for_all', 'fine_tune', 'best_and_stop')])  # the first of two fits
 def test_a_resumed_run_ends_like_the_whole(options, wholes, tmp_path_factory, capsys, name, epoch):
     """B5 and B6: several fits, of which either is interrupted, and callbacks with a state."""
     if name not in wholes:
