@@ -60,7 +60,7 @@ def describe_recipe(learn: Learner) -> dict:
     return dict(network=type(model).__name__, last_stage=type(last(model.modules())).__name__,
                 loss=getattr(learn.loss_func, '__name__', type(learn.loss_func).__name__),
                 label_smoothing=getattr(learn.loss_func, 'label_smoothing', 0.),
-                optimizer=getattr(opt, '__name__', type(opt).__name__), wd=learn.wd,
+                optimizer=getattr(opt, '__name__', type(opt).__name__), wd=learn.opt.hypers[-1].get('wd', 0.),
                 ema=learn.weight_average.decay if hasattr(learn, 'weight_average') else 0.,
                 augmentation=list_augmentations(learn.dls), layers=describe_layers(model))
 
@@ -123,12 +123,10 @@ def save_results(run: Run, learn: Learner):
     dls, h, o, out, answers = learn.dls, learn.history, run.options, run.folder, learn.misclassified
     if rank_distrib(): return
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
-    epoch = answers.find_epoch(learn.model)
-    log_probs, targets = answers.log_probs, answers.targets
-    if epoch != len(h.rows) or log_probs is None:
-        ds = dls.valid_ds
+    ds, epoch, log_probs = dls.valid_ds, answers.find_epoch(learn.model), answers.log_probs
+    targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
+    if epoch != len(h.rows) or log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
         log_probs = get_log_probs(learn, get_images(ds, range_of(ds.items)))
-        targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
     predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
     wrong = list_misclassified(log_probs, targets, dls.valid_ds.items, dls.vocab, dls.path)
     counts, classes = confusion_matrix(targets, predicted, labels=range_of(dls.vocab)), per_class_scores(
@@ -137,7 +135,8 @@ def save_results(run: Run, learn: Learner):
     lr_min, lr_max = run.lrs
     metrics = dict(
         parameters=total_params(learn.model)[0], lr_min=lr_min, lr_max=lr_max, precision=run.precision,
-        epochs=len(h.rows), batch_size=o.bs, seed=o.seed, device=device_name(next(learn.model.parameters()).device),
+        epochs=len(h.rows), batch_size=dls.train.bs, seed=o.seed,
+        device=device_name(next(learn.model.parameters()).device),
         train_accuracy=h.rows[-1]['train_accuracy'], test_accuracy=(predicted == targets).float().mean().item(),
         test_loss=losses.mean().item(), weights_of_epoch=epoch,
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),

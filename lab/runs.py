@@ -6,6 +6,7 @@ import io
 import pickle
 import shlex
 import sys
+from collections import deque
 from datetime import datetime
 from typing import Any
 
@@ -71,7 +72,9 @@ def plain(x: Any) -> Any:
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, Tensor): return x.detach().as_subclass(Tensor)
     if isinstance(x, dict): return {plain(k): plain(v) for k, v in x.items()}
-    if isinstance(x, list | tuple | L): return (tuple if isinstance(x, tuple) else list)(plain(o) for o in x)
+    if isinstance(x, ndarray): return torch.from_numpy(x.copy())
+    if isinstance(x, tuple): return tuple(plain(o) for o in x)
+    if isinstance(x, list | set | deque | L): return [plain(o) for o in x]
     raise TypeError(type(x).__name__)
 
 
@@ -87,7 +90,13 @@ def get_state(cb: Callback) -> dict:
 def set_state(cb: Callback, state: dict):
     """Put back what `get_state` has returned."""
     if hasattr(type(cb), 'state_dict'): cb.load_state_dict(state)
-    else: vars(cb).update({k: L(v) if isinstance(vars(cb).get(k), L) else v for k, v in state.items()})
+    else: vars(cb).update({k: as_type_of(vars(cb).get(k), v) for k, v in state.items()})
+
+
+def as_type_of(old: Any, v: Any) -> Any:
+    """`v`, which `plain` has made, as the type of `old`."""
+    if isinstance(old, deque): return deque(v, old.maxlen)
+    return v.numpy() if isinstance(old, ndarray) else type(old)(v) if isinstance(old, L | set) else v
 
 
 def forecast(epochs: int, seconds: float):
@@ -122,6 +131,12 @@ class Checkpoint(Callback):
         scheds = [f for cb in self.learn.cbs if isinstance(cb, ParamScheduler) for f in cb.scheds.values()]
         return [self.n_epoch, *(float(v) for f in scheds for i in range(10) for v in np.ravel(f(i / 10)))]
 
+    @property
+    def smooth_loss(self) -> tuple | None:
+        """The state of the recorder's `train_loss`, which a tracker may watch."""
+        smooth = getattr(getattr(self.learn, 'recorder', None), 'smooth_loss', None)
+        return smooth and plain((smooth.count, smooth.val))
+
     def before_fit(self):
         self.fits, self.skip, fits = self.fits + 1, 0, self.of.state.get('fits', 0)
         if self.fits > fits: self.save(epochs_done=0)
@@ -151,6 +166,7 @@ class Checkpoint(Callback):
         save_state(out/CHECKPOINT, dict(
             self.header, fits=self.fits, plan=self.plan, epochs_done=epochs_done, model=model.state_dict(),
             grads=plain(grads), opt=plain(self.opt.state_dict()), seconds_total=self.of.seconds(),
+            smooth=self.smooth_loss, train_iter=self.learn.train_iter,
             callbacks=[(cb.name, get_state(cb)) for cb in self.others]))
         self.save_tables()
 
@@ -170,6 +186,9 @@ class Checkpoint(Callback):
         model.load_state_dict(state['model'])
         for k, grad in state['grads'].items(): model.get_parameter(k).grad = grad.to(model.get_parameter(k).device)
         self.opt.load_state_dict(state['opt'])
+        self.learn.train_iter = state['train_iter']
+        if state['smooth'] and hasattr(self.learn, 'recorder'):
+            self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = state['smooth']
         for cb, (_, values) in zip(self.others, state['callbacks'], strict=True): set_state(cb, values)
         return state['epochs_done']
 
