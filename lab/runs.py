@@ -166,7 +166,8 @@ class Checkpoint(Callback):
         save_state(out/CHECKPOINT, dict(
             self.header, fits=self.fits, plan=self.plan, epochs_done=epochs_done, model=model.state_dict(),
             grads=plain(grads), opt=plain(self.opt.state_dict()), seconds_total=self.of.seconds(),
-            smooth=self.smooth_loss, callbacks=[(cb.name, get_state(cb)) for cb in self.others]))
+            smooth=self.smooth_loss, train_iter=self.learn.train_iter,
+            callbacks=[(cb.name, get_state(cb)) for cb in self.others]))
         self.save_tables()
 
     def save_tables(self):
@@ -185,6 +186,7 @@ class Checkpoint(Callback):
         model.load_state_dict(state['model'])
         for k, grad in state['grads'].items(): model.get_parameter(k).grad = grad.to(model.get_parameter(k).device)
         self.opt.load_state_dict(state['opt'])
+        self.learn.train_iter = state['train_iter']
         if state['smooth'] and hasattr(self.learn, 'recorder'):
             self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = state['smooth']
         for cb, (_, values) in zip(self.others, state['callbacks'], strict=True): set_state(cb, values)
