@@ -91,6 +91,7 @@ def test_numbers_are_written_in_one_style():
 def describe(*args, **kwargs):
     learn = get_learner(*args, **kwargs)
     learn.create_opt()
+    learn.opt.set_hypers(wd=learn.wd)  # as a fit does
     return learn, describe_recipe(learn)
 
 
