@@ -6,16 +6,10 @@ from fastai.vision.all import *
 
 from lab.errors import RunError
 from lab.evaluate import list_misclassified
+from lab.runs import TrainingCallback
 from lab.speed import unwrap
 
 AFTER_RECORDER = Recorder.order + 1
-
-
-class TrainingCallback(Callback):
-    """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
-
-    def __call__(self, event_name: str):
-        if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
 
 
 class SeedEpochs(Callback):
@@ -129,7 +123,8 @@ class Misclassified(TrainingCallback):
 
     def find_epoch(self, model: nn.Module) -> int | None:
         """The last epoch, from 1, that was tested with the weights of `model`."""
-        return last([i for i, digest in enumerate(self.digests, 1) if digest == digest_weights(model)] or [None])
+        written = digest_weights(model)
+        return last([i for i, digest in enumerate(self.digests, 1) if digest == written] or [None])
 
     def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets, digests=self.digests)
 

@@ -128,10 +128,10 @@ def save_results(run: Run, learn: Learner):
     if epoch != len(h.rows) or log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
         log_probs = get_log_probs(learn, get_images(ds, range_of(ds.items)))
     predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
-    wrong = list_misclassified(log_probs, targets, dls.valid_ds.items, dls.vocab, dls.path)
+    wrong = list_misclassified(log_probs, targets, ds.items, dls.vocab, dls.path)
     counts, classes = confusion_matrix(targets, predicted, labels=range_of(dls.vocab)), per_class_scores(
         log_probs, targets, dls.vocab)
-    images = get_images(dls.valid_ds, wrong.index)
+    images = get_images(ds, wrong.index)
     lr_min, lr_max = run.lrs
     metrics = dict(
         parameters=total_params(learn.model)[0], lr_min=lr_min, lr_max=lr_max, precision=run.precision,
@@ -141,7 +141,7 @@ def save_results(run: Run, learn: Learner):
         test_loss=losses.mean().item(), weights_of_epoch=epoch,
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
         seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
-        test_images=len(dls.valid_ds), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
+        test_images=len(ds), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         recipe=describe_recipe(learn), options=vars(o))
     save_csv(out/'misclassified.csv', wrong)

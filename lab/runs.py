@@ -106,7 +106,14 @@ def forecast(epochs: int, seconds: float):
     print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
 
 
-class Checkpoint(Callback):
+class TrainingCallback(Callback):
+    """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
+
+    def __call__(self, event_name: str):
+        if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
+
+
+class Checkpoint(TrainingCallback):
     """Saves a `run` before the first epoch of a fit and after every epoch, or resumes it from `run.state`.
 
     Stored are `header`, weights, gradients that an accumulation left, the optimizer, and every callback's state.
@@ -117,9 +124,6 @@ class Checkpoint(Callback):
 
     def __init__(self, run: 'Run', header: dict, tell: bool):
         self.of, self.header, self.tell, self.fits = run, header, tell, 0
-
-    def __call__(self, event_name: str):
-        if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
 
     @property
     def others(self) -> L:
