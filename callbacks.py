@@ -163,9 +163,9 @@ class WeightAverage(TrainingCallback):
     def __init__(self, decay: float): self.decay = decay
 
     def before_fit(self):
-        self.averaged, self.steps, self.swapped = deepcopy(unwrap(self.model)), 0, False
-        self.average, self.latest = ([t.data for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
-                                     for m in (self.averaged, unwrap(self.model)))
+        model = unwrap(self.model)
+        self.latest = [t.data for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        self.average, self.steps, self.swapped = [t.clone() for t in self.latest], 0, False
 
     def after_step(self):
         decay = min(self.decay, (1 + self.steps) / (self.ramp + self.steps)) if self.steps else 0.
@@ -174,10 +174,9 @@ class WeightAverage(TrainingCallback):
 
     def swap(self):
         """Exchanges the averaged weights and the model's."""
-        for average, latest in zip(self.average, self.latest, strict=True):
-            kept = average.clone()
-            average.copy_(latest)
-            latest.copy_(kept)
+        kept = [t.clone() for t in self.average]
+        torch._foreach_copy_(self.average, self.latest)
+        torch._foreach_copy_(self.latest, kept)
         self.swapped = not self.swapped
 
     def before_epoch(self):
@@ -187,10 +186,10 @@ class WeightAverage(TrainingCallback):
 
     def after_fit(self):
         if not self.swapped: self.swap()  # something ended an epoch before its test
-        del self.averaged, self.average, self.latest
+        del self.average, self.latest
 
-    def state_dict(self) -> dict: return dict(steps=self.steps, swapped=self.swapped, module=self.averaged.state_dict())
+    def state_dict(self) -> dict: return dict(steps=self.steps, swapped=self.swapped, average=self.average)
 
     def load_state_dict(self, state: dict):
         self.steps, self.swapped = state['steps'], state['swapped']
-        self.averaged.load_state_dict(state['module'])
+        torch._foreach_copy_(self.average, state['average'])

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from arch import ResNet
 from callbacks import History, Misclassified, SeedEpochs, StopOnNaN, WeightAverage
-from lab.errors import InputError, RunError, one_line, one_line_errors
+from lab.errors import InputError, RunError, one_line_errors
 from lab.loader import Augmentation, BatchDL, CenterResize, RGBImage, cache_images, decode_images, image_files
 from lab.optim import CrossEntropy, FusedAdam
 from lab.processes import data_parallel, join_processes, on_first
@@ -32,7 +32,6 @@ from lab.results import describe, draw_training, save_finder, save_results
 from lab.runs import Run, parse_options
 from lab.speed import PRECISIONS, Precision, fast, resolve_precision
 
-PCT_START = 5 / 24  # the schedule peaks at epoch 5 of 24
 MEAN_COLOUR = [round(255 * m) for m in cifar_stats[0]]  # zero once normalised, up to the rounding of a byte
 
 
@@ -78,11 +77,11 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     """`DataLoaders` of the data folder `path` (see `image_files`), built by a `DataBlock`.
 
     Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
-    (bs,). Training images are shuffled and augmented by `item_tfms` and `batch_tfms`, and the last partial batch is
-    dropped. Of each class one image in `every` is used. All images are decoded once, into the memory of `device`, and
-    each `Augmentation` works on whole batches; `resize` takes the centre square of images of other sizes. With any
-    other item transform, or with `num_workers`, images are read and augmented one by one. Without folders for the two
-    sets, `valid_pct` of every class become test images. Raises `InputError`.
+    (bs,). Training images are shuffled and augmented, and the last partial batch is dropped. Of each class one image in
+    `every` is used; `resize` takes the centre square of images of other sizes. All images are decoded once, and each
+    `Augmentation` works on whole batches; with any other item transform, or with `num_workers`, images are read and
+    augmented one by one. Without folders for the two sets, `valid_pct` of every class become test images. Raises
+    `InputError`.
     """
     try: files = image_files(path, every, split=valid_pct is None)
     except OSError as e: raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
@@ -106,12 +105,10 @@ def get_learner(dls: DataLoaders, model: nn.Module | Callable | None = None, opt
                 seed: int = 42, path: str | Path = '.') -> Learner:
     """A fastai `Learner` for `dls`, by default of the assignment's network; whatever it saves goes to `path`.
 
-    `model` may be any network that ends in logits or log-probabilities, or a function that makes one, with initial
-    weights by `seed`; `opt_func` any optimizer of fastai, or of torch in a `TorchOptimizer`. `wd` is weight decay, not
-    on batch norm and biases; `label_smoothing` applies to the training loss alone. `ema` is the decay per step of the
-    moving average of the weights that is tested and kept; 0 keeps the last step's weights. `precision` is 'auto',
-    'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights and all randomness of every epoch: on a CPU the same
-    seed gives the same run. Raises `InputError`.
+    `model` may be any network that ends in logits or log-probabilities, or a function that makes one; `opt_func` any
+    optimizer of fastai, or of torch in a `TorchOptimizer`. `wd` does not decay batch norm and biases. `ema` is the
+    decay per step of the moving average of the weights that is tested and kept; 0 for none. `precision` is 'auto',
+    'fp32', 'bf16' or 'fp16'. `seed` determines the initial weights and all randomness. Raises `InputError`.
     """
     own = next(model.parameters()).device if isinstance(model, nn.Module) else default_device()
     device = torch.device(getattr(dls, 'device', None) or own)  # loaders of another kind may have none
@@ -139,8 +136,7 @@ def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
     Raises `RunError` if the finder has no usable answer.
     """
     try: lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=show_plot)
-    except (IndexError, ValueError) as e: raise RunError(f'the LR finder failed ({one_line(e)}); set --lr-min and '
-                                                         '--lr-max') from e  # too few finite losses
+    except (IndexError, ValueError): lr_min = lr_max = float('nan')  # too few finite losses
     if not 0 < lr_max < float('inf') or not lr_min > 0:
         raise RunError('the LR finder found no usable rates; set --lr-min and --lr-max')
     return min(lr_min, lr_max / 10), lr_max
@@ -149,7 +145,7 @@ def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
 def experiment(run: Run):
     """Data → learner → learning rates → one cycle → results, everything in the run's folder."""
     print('Reading the images …', flush=True)
-    arguments, o = run.find_images(), run.options
+    arguments, o = run.locate_images(), run.options
     if o.plain: arguments['item_tfms'] = [PadCrop(4, 'constant', MEAN_COLOUR), FlipLR(), Cutout(8)]
     dls = get_dls(**arguments)
     run.claim_folder(dls)
@@ -167,11 +163,11 @@ def experiment(run: Run):
             save_finder(run, learn, lr_min, lr_max, time.perf_counter() - start)
         print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
-        # fastai's div and div_final both divide LRMAX; with div_final=1 the rate would stay at LRMAX for 19 epochs.
+        # fastai's div and div_final both divide LRMAX; with div_final=1 the rate would stay at LRMAX after epoch 5.
         try:
             with data_parallel(learn):
                 learn.fit_one_cycle(o.epochs, lr_max, div=lr_max / lr_min, div_final=lr_max / (o.lr_end or lr_min),
-                                    pct_start=PCT_START, cbs=run.checkpoint(lr_min, lr_max))
+                                    pct_start=5/24, cbs=run.checkpoint(lr_min, lr_max))
         finally: draw_training(run, learn)
     save_results(run, learn)
 

@@ -30,7 +30,7 @@ from lab.runs import CHECKPOINT
 from lab.sources import get_data
 from lab.speed import device_name, fast, resolve_precision
 from predict import load_run
-from train_fastai import MEAN_COLOUR, PCT_START, Cutout, FlipLR, Options, PadCrop, find_lrs, get_dls, get_learner
+from train_fastai import MEAN_COLOUR, Cutout, FlipLR, Options, PadCrop, find_lrs, get_dls, get_learner
 
 # What an arm can change. `lr_max_factor` multiplies the LRMAX found; `div_final` is fastai's, by default LRMAX / LRMIN.
 RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, ema=Options.ema, padding='reflect', eps=1e-5,
@@ -105,7 +105,7 @@ def train(dls: DataLoaders, recipe: dict, seed: int, epochs: int, folder: str, l
     learn = get_learner(dls, opt_func=partial(FusedAdam, eps=recipe['eps']), seed=seed, path=folder,
                         **{k: recipe[k] for k in ('wd', 'label_smoothing', 'ema')})
     with fast(learn):
-        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=PCT_START)
+        learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=5/24)
     h = learn.history
     return recipe | score(learn) | dict(
         train_images=len(dls.train_ds), test_images=len(dls.valid_ds), device=device_name(dls.device),

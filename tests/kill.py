@@ -22,23 +22,20 @@ def command(**options) -> list[str]:
     return [sys.executable, str(ROOT/'tests/narrow.py'), *args(**options)]
 
 
-def kill_and_resume(data: Path, out: Path, kills: int, rng: random.Random) -> int:
-    """Starts a run in `out`, kills it `kills` times at random moments of its training and lets it end.
+def start_and_kill(data: Path, out: Path, rng: random.Random, **resume) -> dict | None:
+    """Starts or resumes a run in `out` and kills it at a random moment of its training.
 
-    Returns how often it was killed: less if it was faster.
+    Returns the options that go on with it, or None where the run was faster.
     """
-    options = dict(data=data, out=out, **SIX_EPOCHS)
-    for killed in range(kills):
-        process = subprocess.Popen(command(**options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for line in process.stdout:
-            if line.startswith('LRMIN'): break  # training begins
-        time.sleep(rng.uniform(0, 1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if (out/'model.pth').exists(): return killed
-        if (out/'checkpoint.pth').exists(): options = dict(resume=out)
-    subprocess.run(command(**options), check=True, stdout=subprocess.DEVNULL)
-    return kills
+    options = resume or dict(data=data, out=out, **SIX_EPOCHS)
+    process = subprocess.Popen(command(**options), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith('LRMIN'): break  # training begins
+    time.sleep(rng.uniform(0, 1))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if (out/'model.pth').exists(): return None
+    return dict(resume=out) if (out/'checkpoint.pth').exists() else options
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -48,26 +45,22 @@ def differences(one: Path, other: Path) -> list[str]:
     return files + ([] if histories[0].equals(histories[1]) else ['history.csv'])
 
 
-def kill_runs(data: Path, whole: Path, folder: Path, kills: int, rng: random.Random) -> list[str]:
-    """Kills runs in `folder`, up to three times each and `kills` times in all; returns what differs from `whole`."""
-    left, runs, bad = kills, 0, []
-    while left > 0 and not bad:
-        left -= (n := kill_and_resume(data, folder/f'{runs}', min(left, 3), rng))
-        bad = differences(whole, folder/f'{runs}')
-        print(f'run {runs}: {n} kills, differs in {bad or "nothing"}', flush=True)
-        runs += 1
-    return bad
-
-
 @call_parse
 def main(
-    kills: int = 20,  # how many kills, over as many runs as they take
+    kills: int = 20,  # how many kills, three a run
     seed: int = 0,  # of the moments
 ):
-    "Kill and resume runs, three kills each, and compare them with an uninterrupted one."
+    "Kill and resume runs, and compare them with an uninterrupted one."
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         data = make_folder(tmp/'data')
         subprocess.run(command(data=data, out=tmp/'whole', **SIX_EPOCHS), check=True, stdout=subprocess.DEVNULL)
-        if kill_runs(data, tmp/'whole', tmp, kills, random.Random(seed)): sys.exit(1)
+        for run in range(-(-kills // 3)):
+            out, options = tmp/f'{run}', {}
+            for _ in range(min(3, kills - 3 * run)):
+                if options is not None: options = start_and_kill(data, out, rng, **options)
+            if options: subprocess.run(command(**options), check=True, stdout=subprocess.DEVNULL)
+            print(f'run {run}: differs in {(bad := differences(tmp/"whole", out)) or "nothing"}', flush=True)
+            if bad: sys.exit(1)
     print(f'{kills} kills, and every run ended like the uninterrupted one')

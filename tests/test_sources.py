@@ -283,7 +283,7 @@ def test_other_commands_without_a_network_are_an_error(small_sample, tmp_path, c
 
 
 def test_quick_look_takes_all_of_the_sample_else_a_tenth(small_sample, folder):
-    def images(**options): return Run(Options(quick=True, out='none', **options)).find_images()
+    def images(**options): return Run(Options(quick=True, out='none', **options)).locate_images()
     assert images(data=str(folder)) == dict(path=folder, bs=64, every=10, resize=False)
     assert images() == dict(path=get_sample(), bs=64, every=1, resize=False)
     assert images(bs=8)['bs'] == 8
