@@ -188,13 +188,13 @@ def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, set[st
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
     inf, processes = float('inf'), max(num_distrib(), 1)
-    if (o.lr_min is None) != (o.lr_max is None): raise InputError('give both --lr-min and --lr-max, or none')
+    if (o.lr_min is None) != (o.lr_max is None): raise InputError('--lr-min and --lr-max go together: give both or none')
     for name, ok, rule in (
             ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'),
             ('bs', o.bs >= 1, 'at least 1'), ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
             ('bs', o.bs % processes == 0, f'a multiple of {processes}, the number of processes'),
             ('lr_min', o.lr_min is None or 0 < o.lr_min < o.lr_max < inf, f'in 0 < LRMIN < LRMAX = {o.lr_max}'),
-            ('lr_end', o.lr_end is None or 0 < o.lr_end <= (o.lr_max or 1e9), 'positive and at most LRMAX'),
+            ('lr_end', o.lr_end is None or 0 < o.lr_end <= (o.lr_max or 1e9), f'in 0 < LR <= LRMAX = {o.lr_max}'),
             ('wd', 0 <= o.wd < inf, 'at least 0 and finite'),
             ('label_smoothing', 0 <= o.label_smoothing < 1, 'at least 0 and less than 1'),
             ('ema', 0 <= o.ema < 1, 'at least 0 and less than 1')):
@@ -254,7 +254,9 @@ class Run:
         """Lock the run's folder: a second run in it is refused. Raises `InputError`."""
         if rank_distrib(): return
         lock = self.folder/'.lock'
-        try: self.stack.enter_context(FileLock(lock, timeout=0))
+        try:
+            lock.touch()  # `FileLock` would make the folder
+            self.stack.enter_context(FileLock(lock, timeout=0))
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
         except OSError as e:
             if e.errno not in NO_LOCKS:
