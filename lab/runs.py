@@ -150,7 +150,7 @@ class Checkpoint(TrainingCallback):
         model, run = unwrap(self.model), self.of
         save_state(run.folder/CHECKPOINT, plain(dict(
             lrs=run.lrs, precision=run.precision, fingerprint=run.fingerprint, seconds_total=run.seconds(),
-            options=vars(run.options) | dict(resume=None), fits=self.fits, plan=self.plan(), epochs_done=epochs_done,
+            options=vars(run.options), fits=self.fits, plan=self.plan(), epochs_done=epochs_done,
             model=model.state_dict(), opt=self.opt.state_dict(), train_iter=self.learn.train_iter,
             grads={k: p.grad for k, p in model.named_parameters() if p.grad is not None and p.grad.any()},
             states=[get_state(o) for o in self.others()])))
@@ -223,15 +223,13 @@ class Run:
         if refused:
             why = 'does not go with --resume, which takes --data alone' if o.resume else 'is what --plain sets itself'
             raise InputError(f'--{min(refused).replace("_", "-")} {why}')
-        check_options(o)
-        o = dataclasses.replace(o, **PLAIN if o.plain else {}, data=o.data and str(Path(o.data).absolute()),
-                                **{k: getattr(o, k) and str(getattr(o, k)) for k in ('out', 'resume')})
         self.folder = Path(o.resume or o.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
+        if o.data: o = dataclasses.replace(o, data=str(Path(o.data).absolute()))  # to be resumed from anywhere
         if o.resume: o = self.load(o)
-        else:
-            self.check_free()
-            if o.quick: o = limit_to_quick_look(o)
-        self.options = o
+        else: self.check_free()
+        o = dataclasses.replace(o, out=None, resume=None, **PLAIN if o.plain else {})
+        check_options(o)
+        self.options = limit_to_quick_look(o) if o.quick and not self.state else o
         self.precision = self.state.get('precision') or resolve_precision(o.precision, default_device())
         self.lrs = self.state.get('lrs') or ((o.lr_min, o.lr_max) if o.lr_min else None)
 
@@ -248,7 +246,7 @@ class Run:
                 raise InputError(f'{resume}: {CHECKPOINT} was not written by this version of the program')
             self.stack = self.stack.pop_all()
         self.start -= self.state['seconds_total']
-        return type(o)(**self.state['options'] | dict(resume=o.resume) | (dict(data=o.data) if o.data else {}))
+        return type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
 
     def lock(self):
         """Lock the run's folder: a second run in it is refused. Raises `InputError`."""
@@ -315,7 +313,7 @@ class Run:
     @property
     def command(self) -> str:
         """The command that starts a run with the same options, in a new folder."""
-        implied = ('out', 'resume', *(PLAIN if self.options.plain else ()))
+        implied = PLAIN if self.options.plain else ()
         return self.format_command(**{f.name: value for f in dataclasses.fields(self.options) if f.name not in implied
                                       and (value := getattr(self.options, f.name)) != f.default})
 
