@@ -74,18 +74,11 @@ def plain(x: Any) -> Any:
 
 
 def get_state(o: Any) -> dict:
-    """The state of a callback: its `state_dict`, or all its plain attributes, as fastai's trackers have them."""
-    if hasattr(type(o), 'state_dict'): return plain(o.state_dict())
+    """What is `plain` in the state of a callback: its `state_dict`, or its attributes, as fastai's trackers have it."""
     state = {}
-    for k, v in vars(o).items():
+    for k, v in (o.state_dict() if hasattr(type(o), 'state_dict') else vars(o)).items():
         with contextlib.suppress(TypeError): state[k] = plain(v)
     return state
-
-
-def set_state(o: Any, state: dict):
-    """Put back what `get_state` has returned."""
-    if hasattr(type(o), 'state_dict'): o.load_state_dict(state)
-    else: vars(o).update(state)
 
 
 def forecast(epochs: int, seconds: float):
@@ -172,7 +165,9 @@ class Checkpoint(TrainingCallback):
         inside.load_state_dict(model)
         self.opt.load_state_dict(opt)
         for k, grad in grads.items(): inside.get_parameter(k).grad = grad.to(inside.get_parameter(k).device)
-        for o, state in zip(self.others(), states, strict=True): set_state(o, state)
+        for o, state in zip(self.others(), states, strict=True):
+            if hasattr(type(o), 'load_state_dict'): o.load_state_dict(state)
+            else: vars(o).update(state)
         self.learn.train_iter = train_iter
         return epochs_done
 
@@ -188,10 +183,10 @@ def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, set[st
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
     inf, processes = float('inf'), max(num_distrib(), 1)
-    if (o.lr_min is None) != (o.lr_max is None): raise InputError('--lr-min and --lr-max go together: give both or none')
+    if [o.lr_min, o.lr_max].count(None) == 1: raise InputError('--lr-min and --lr-max go together: give both or none')
     for name, ok, rule in (
-            ('data', o.data != '', 'a folder'), ('epochs', o.epochs >= 1, 'at least 1'),
-            ('bs', o.bs >= 1, 'at least 1'), ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
+            ('epochs', o.epochs >= 1, 'at least 1'), ('bs', o.bs >= 1, 'at least 1'),
+            ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
             ('bs', o.bs % processes == 0, f'a multiple of {processes}, the number of processes'),
             ('lr_min', o.lr_min is None or 0 < o.lr_min < o.lr_max < inf, f'in 0 < LRMIN < LRMAX = {o.lr_max}'),
             ('lr_end', o.lr_end is None or 0 < o.lr_end <= (o.lr_max or 1e9), f'in 0 < LR <= LRMAX = {o.lr_max}'),

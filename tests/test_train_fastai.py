@@ -11,19 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SIX_EPOCHS, args, ends, make_folder, one_cycle
-from fastai.vision.all import (
-    Adam,
-    Callback,
-    ClassificationInterpretation,
-    Learner,
-    Pipeline,
-    TensorImage,
-    Transform,
-    accuracy,
-    cifar_stats,
-    defaults,
-    load_learner,
-)
+from fastai.vision import all as fv
+from fastai.vision.all import Callback, Learner, TensorImage, accuracy, cifar_stats
 from PIL import Image
 from torch import nn
 
@@ -82,13 +71,6 @@ def test_pad_crop_shifts_by_up_to_four_and_reflects(batch):
     assert len(shifts) > 70  # of 81: each image draws its own
 
 
-def test_flip_mirrors_about_half_of_a_batch(batch):
-    out = FlipLR()(batch, split_idx=0)
-    flipped = (out == batch.flip(-1)).flatten(1).all(1)
-    assert (flipped | (out == batch).flatten(1).all(1)).all()
-    assert 0.4 * N < flipped.sum() < 0.6 * N  # 4 standard deviations
-
-
 def test_cutout_covers_one_8x8_square_inside_the_image(batch):
     before = batch.clone()
     out = Cutout(8)(batch, split_idx=0)
@@ -119,12 +101,12 @@ def test_each_transform(tfm, batch):
 
 
 def test_transforms_come_in_the_assignments_order():
-    assert [type(t) for t in Pipeline([Cutout(), FlipLR(), PadCrop()]).fs] == [PadCrop, FlipLR, Cutout]
+    assert [type(t) for t in fv.Pipeline([Cutout(), FlipLR(), PadCrop()]).fs] == [PadCrop, FlipLR, Cutout]
 
 
 def load(path, bs: int = 8, whole: bool = True):
     """The loaders, which make whole batches, or, because of a transform of another kind, item by item."""
-    dls = get_dls(path, bs=bs, item_tfms=[PadCrop(), FlipLR(), Cutout(), *([] if whole else [Transform()])])
+    dls = get_dls(path, bs=bs, item_tfms=[PadCrop(), FlipLR(), Cutout(), *([] if whole else [fv.Transform()])])
     assert type(dls.train) is BatchDL
     assert dls.train.makes_whole_batches == whole
     return dls
@@ -186,10 +168,6 @@ def test_each_training_image_is_shifted_flipped_and_cut(tmp_path, whole):
     for k in (0, 1, 2): assert any(len({o[k] for o in seen[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
 
 
-def test_fewer_training_images_than_a_batch(folder):
-    with pytest.raises(InputError, match='24 training images, fewer than one batch of 25'): get_dls(folder, bs=25)
-
-
 def test_get_learner_returns_a_stock_learner_with_the_recipe(dls, tmp_path):
     learn = get_learner(dls, path=tmp_path)
     assert type(learn) is Learner
@@ -225,7 +203,7 @@ def test_a_real_slice_is_learned_fast_as_by_stock_fastai(sample, tmp_path):
                 (tmp_path/'slice'/split/name/file.name).symlink_to(file)
     dls = get_dls(tmp_path/'slice', bs=32)
     quick = get_learner(dls, ResNet(n_out=3, width=32), path=tmp_path, wd=0.01, label_smoothing=0, ema=0)
-    plain = Learner(dls, ResNet(n_out=3, width=32), opt_func=partial(Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
+    plain = Learner(dls, ResNet(n_out=3, width=32), opt_func=partial(fv.Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
                     cbs=[SeedEpochs(42), History()], path=tmp_path)
     plain.model.load_state_dict(quick.model.state_dict())
     cycle = partial(Learner.fit_one_cycle, n_epoch=3, lr_max=1e-3, div=10, div_final=10, pct_start=5/24)
@@ -250,12 +228,12 @@ def test_plain_fastai_from_here_on(dls, folder, tmp_path):
     preds, targets = learn.get_preds()
     assert preds.shape == (12, 3)
     torch.testing.assert_close(preds[0], probabilities)
-    interp = ClassificationInterpretation.from_learner(learn)
+    interp = fv.ClassificationInterpretation.from_learner(learn)
     interp.plot_top_losses(9)
     assert interp.confusion_matrix().sum() == 12
     learn.show_results()
     learn.export()
-    with pytest.warns(UserWarning, match='insecure pickle'): again = load_learner(tmp_path/'export.pkl')
+    with pytest.warns(UserWarning, match='insecure pickle'): again = fv.load_learner(tmp_path/'export.pkl')
     torch.testing.assert_close(again.predict(file)[2], probabilities)
 
 
@@ -348,7 +326,7 @@ class TestRunFolder:
 
 
 BAD_OPTIONS = [
-    dict(data=''), dict(epochs=0), dict(epochs=-3), dict(bs=0), dict(seed=-1), dict(seed=2**32), dict(lr_min=1e-3),
+    dict(epochs=0), dict(epochs=-3), dict(bs=0), dict(seed=-1), dict(seed=2**32), dict(lr_min=1e-3),
     dict(lr_min=None, lr_max=1e-3), dict(lr_min=1e-2, lr_max=1e-3), dict(lr_min=1e-3, lr_max=1e-3),
     dict(lr_min=0., lr_max=1e-3), dict(lr_min=1e-3, lr_max=math.inf), dict(lr_min=math.nan, lr_max=1e-3),
     dict(lr_end=0.), dict(lr_end=-1), dict(lr_end=math.inf), dict(lr_end=math.nan),
@@ -374,7 +352,7 @@ def test_options_out_of_range(change):
     (dict(resume='.', bs=512), '--bs does not go with --resume, which takes --data alone'),  # a default that is given
 ], ids=str)
 def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
-    monkeypatch.setattr(defaults, 'use_cuda', False)
+    monkeypatch.setattr(fv.defaults, 'use_cuda', False)
     monkeypatch.chdir(tmp_path)
     usual = dict(data=folder) if 'resume' in options else dict(data=folder, bs=8)
     assert message in ends(capsys, 2, main, **usual | options)
@@ -450,13 +428,11 @@ def test_a_run_of_another_network_is_loaded_into_it(folder, tmp_path, capsys, mo
     with pytest.raises(InputError, match='does not hold the weights of Linear'): load_run(out, model=nn.Linear(2, 2))
 
 
-def test_an_interrupted_finder_leaves_nothing_in_the_way(folder, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_finder_leaves_nothing_in_the_way(folder, tmp_path, capsys, monkeypatch, no_pictures):
     class Interrupt(Callback):
         def before_batch(self):
             if hasattr(self, 'lr_finder') and self.iter == 1: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
     options = dict(data=folder, out=tmp_path/'out', epochs=1, bs=6)
-    with monkeypatch.context() as m:
-        m.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
-        assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
-    main(args(**options))
-    assert {f.name for f in (tmp_path/'out').iterdir()} == FILES | FINDERS
+    for _ in range(2): assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
+    assert not [f for f in (tmp_path/'out').rglob('*') if f.is_file()]
