@@ -6,19 +6,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import LR_MAX, LR_MIN, fit, one_cycle
-from fastai.vision.all import (
-    Callback,
-    CancelBatchException,
-    CancelFitException,
-    CancelTrainException,
-    CancelValidException,
-    Recorder,
-    SaveModelCallback,
-    SkipToEpoch,
-    TerminateOnNaNCallback,
-    accuracy,
-    error_rate,
-)
+from fastai.vision import all as fv
+from fastai.vision.all import Callback, CancelFitException, Recorder, SaveModelCallback, accuracy, error_rate
 from torch import nn
 
 from callbacks import SeedEpochs
@@ -143,7 +132,7 @@ def test_an_interrupted_test_leaves_a_learner_that_trains_on(dls, tmp_path):
 
 
 @pytest.mark.parametrize(('event', 'error', 'epochs', 'batches'), [
-    ('after_pred', CancelBatchException, 3, 9), ('after_pred', CancelTrainException, 3, 7),
+    ('after_pred', fv.CancelBatchException, 3, 9), ('after_pred', fv.CancelTrainException, 3, 7),
     ('after_batch', CancelFitException, 1, 4), ('after_epoch', CancelFitException, 2, 6)])
 def test_a_fit_that_is_cancelled_keeps_averages(dls, tmp_path, event, error, epochs, batches):
     class Cancel(Callback): pass
@@ -187,7 +176,7 @@ def test_a_later_epoch_draws_what_it_would_draw_anyway(dls, tmp_path):
     whole, rest = Labels(), Labels()
     make(dls, path=tmp_path).fit(3, 0., cbs=whole)
     make(dls, path=tmp_path).fit(3, 0., cbs=rest, start_epoch=1)
-    assert SkipToEpoch.order > SeedEpochs.order
+    assert fv.SkipToEpoch.order > SeedEpochs.order
     assert rest.labels == whole.labels[3:]
 
 
@@ -226,7 +215,7 @@ def test_a_nan_stops_the_run_and_says_where(dls, tmp_path, at, where):
 def test_a_nan_is_an_error_whatever_else_ends_the_fit(dls, tmp_path):
     learn = make(dls, path=tmp_path)
     with pytest.raises(RunError, match='not finite at batch 2 of 3 of epoch 1'):
-        learn.fit(2, 1e-3, cbs=[TerminateOnNaNCallback(), Spoil(True, 0, 1)])
+        learn.fit(2, 1e-3, cbs=[fv.TerminateOnNaNCallback(), Spoil(True, 0, 1)])
 
 
 def test_a_test_without_training_may_have_no_finite_loss(dls, tmp_path):
@@ -312,7 +301,7 @@ def test_a_network_that_ends_in_logits_has_the_same_errors(dls, tmp_path):
 def test_a_test_that_was_cut_short_leaves_no_answers(dls, tmp_path, order, event):
     class Skip(Callback):
         def __call__(self, event_name):
-            if event_name == event and not (event == 'after_batch' and self.training): raise CancelValidException
+            if event_name == event and not (event == 'after_batch' and self.training): raise fv.CancelValidException
     learn, skip = fit(make(dls, ema=0, path=tmp_path), 1), Skip()
     skip.order = order
     fit(learn, 2, cbs=skip)

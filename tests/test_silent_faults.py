@@ -8,18 +8,8 @@ import pytest
 import torch
 from conftest import SIX_EPOCHS, args, disturbed
 from fastai.callback.mixup import MixUp
-from fastai.vision.all import (
-    Callback,
-    CancelFitException,
-    CSVLogger,
-    EarlyStoppingCallback,
-    FocalLossFlat,
-    GradientAccumulation,
-    ReduceLROnPlateau,
-    RocAuc,
-    SaveModelCallback,
-    error_rate,
-)
+from fastai.vision import all as fv
+from fastai.vision.all import Callback, CancelFitException, CSVLogger, SaveModelCallback, error_rate
 from kill import differences
 
 import predict
@@ -31,8 +21,8 @@ from train_fastai import Options, get_dls, get_learner, main
 
 pytestmark = pytest.mark.usefixtures('no_pictures')
 # Of a monitored loss, no epoch is an improvement by 10
-Plateau = partial(ReduceLROnPlateau, min_delta=10., patience=2)
-Stop = partial(EarlyStoppingCallback, min_delta=10., patience=4)
+Plateau = partial(fv.ReduceLROnPlateau, min_delta=10., patience=2)
+Stop = partial(fv.EarlyStoppingCallback, min_delta=10., patience=4)
 BestTraining = partial(SaveModelCallback, monitor='train_loss')
 
 
@@ -101,9 +91,9 @@ def test_weights_that_were_changed_after_the_last_test(options, folder, capsys):
     assert 'changed after the last test' in (options['out']/'report.md').read_text()
 
 
-def other_metrics(learn): learn.metrics = [error_rate, RocAuc()]
+def other_metrics(learn): learn.metrics = [error_rate, fv.RocAuc()]
 def train_metrics(learn): learn.recorder.train_metrics = True
-def other_loss(learn): learn.loss_func = FocalLossFlat()
+def other_loss(learn): learn.loss_func = fv.FocalLossFlat()
 def shuffled_tests(learn): learn.dls.loaders[1] = learn.dls.valid.new(shuffle=True)
 
 
@@ -194,7 +184,7 @@ def trackers(learn, checkpoint): learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau()
 FITS = dict(two_fits=two_fits, find_between=find_between, one_checkpoint_for_all=one_checkpoint_for_all,
             fine_tune=fine_tune, restarts=restarts, trackers=trackers,
             best_and_stop=one_cycle(partial(SaveModelCallback, monitor='accuracy'), Stop),
-            callbacks=one_cycle(partial(GradientAccumulation, n_acc=20), MixUp, Seen))
+            callbacks=one_cycle(partial(fv.GradientAccumulation, n_acc=20), MixUp, Seen))
 
 
 @pytest.fixture(scope='module')

@@ -202,18 +202,18 @@ def test_a_real_slice_is_learned_fast_as_by_stock_fastai(sample, tmp_path):
             for file in sorted((sample/split/name).iterdir())[:n]:
                 (tmp_path/'slice'/split/name/file.name).symlink_to(file)
     dls = get_dls(tmp_path/'slice', bs=32)
-    quick = get_learner(dls, ResNet(n_out=3, width=32), path=tmp_path, wd=0.01, label_smoothing=0, ema=0)
-    plain = Learner(dls, ResNet(n_out=3, width=32), opt_func=partial(fv.Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
+    quick = get_learner(dls, ResNet(n_out=3, width=16), path=tmp_path, wd=0.01, label_smoothing=0, ema=0)
+    plain = Learner(dls, ResNet(n_out=3, width=16), opt_func=partial(fv.Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
                     cbs=[SeedEpochs(42), History()], path=tmp_path)
     plain.model.load_state_dict(quick.model.state_dict())
     cycle = partial(Learner.fit_one_cycle, n_epoch=3, lr_max=1e-3, div=10, div_final=10, pct_start=5/24)
     with fast(quick): cycle(quick, cbs=(first := BatchLosses()))
     cycle(plain, cbs=(second := BatchLosses()))
     losses, others = torch.tensor(first.batches), torch.tensor(second.batches)
-    # Four seeds kept to these bounds; in accuracy, of 150 images, they differed by up to 0.05.
+    # Four seeds kept to half of these bounds; in accuracy, of 150 images, they differed by up to 0.05.
     assert (losses - others)[:3].abs().max() < 0.025
-    assert (losses - others).view(3, 18).mean(1).abs().max() < 0.15
-    assert losses[-18:].mean() < 0.5 < losses[:18].mean()
+    assert (losses - others).view(3, 18).mean(1).abs().max() < 0.1
+    assert losses[-18:].mean() < 0.6 < 0.9 < losses[:18].mean()
     assert quick.validate()[-1] > max(0.65, plain.validate()[-1] - 0.15)
 
 
