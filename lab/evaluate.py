@@ -28,11 +28,11 @@ def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd
     return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})
 
 
-def list_confusions(counts: ndarray, vocab: list[str], n: int = 10) -> pd.DataFrame:
-    """The at most `n` most frequent errors as `actual, predicted, images`, from a confusion matrix."""
-    mistakes = pd.DataFrame(counts - np.diag(counts.diagonal()), list(vocab), list(vocab)).rename_axis('actual')
-    mistakes = mistakes.rename_axis('predicted', axis=1).stack().reset_index(name='images')
-    return mistakes[mistakes.images > 0].nlargest(n, 'images')
+def list_confusions(targets: Tensor, predicted: Tensor, vocab: list[str], n: int = 10) -> pd.DataFrame:
+    """The at most `n` most frequent errors as `actual, predicted, images`; `targets`, `predicted` (N,) int64."""
+    vocab = np.array(vocab)
+    pairs = pd.DataFrame(dict(actual=vocab[targets], predicted=vocab[predicted]))[(targets != predicted).numpy()]
+    return pairs.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(n, 'images')
 
 
 def list_misclassified(log_probs: Tensor, targets: Tensor, files: Sequence[Path], vocab: list[str], path: Path
