@@ -4,14 +4,13 @@ import errno
 import tempfile
 from http.client import HTTPException
 from urllib.error import URLError
+from urllib.request import urlopen
 
 from fastai.vision.all import *
-from fastdownload.core import download_url
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import extract_archive
 
 from lab.errors import InputError, one_line
-from lab.loader import show_progress
 
 SAMPLE = Path(__file__).parents[1]/'sample/cifar10_sample.tgz'
 SIZES = dict(cifar10=60_000, cifar10_torchvision=60_000, cifar10_sample=6_000)  # images in each folder
@@ -26,7 +25,10 @@ class NetworkError(InputError):
 
 def unpack(archive: Path | str, tmp: Path) -> Path:
     """The folder in `archive`, a file or a URL, unpacked in `tmp`."""
-    if isinstance(archive, str): archive = download_url(archive, tmp, TIMEOUT, show_progress())
+    if isinstance(archive, str):
+        print(f'Downloading {archive} …', flush=True)
+        with urlopen(archive, timeout=TIMEOUT) as answer: (tmp/Path(archive).name).write_bytes(answer.read())
+        archive = tmp/Path(archive).name
     extract_archive(archive, tmp)
     return first(o for o in tmp.iterdir() if o.is_dir())
 
@@ -46,15 +48,16 @@ def write_torchvisions(source: Path | str, tmp: Path) -> Path:
 
 
 def get_folder(path: Path, fill: Callable) -> Path:
-    """The data set `path`; if it is missing, what `fill(empty folder)` makes is moved there, if it is whole.
+    """The data set `path`. If it is missing, what `fill(empty folder)` makes is moved there when it is whole.
 
     Raises `InputError`, and whatever `fill` raises.
     """
     def is_whole(folder): return len(get_files(folder, '.png', folders=['train', 'test'])) == SIZES[path.name]
     if not path.exists():
         with tempfile.TemporaryDirectory(prefix=f'.{path.name}', dir=path.parent) as tmp:
-            if is_whole(made := fill(Path(tmp))):
-                with contextlib.suppress(OSError): made.rename(path)  # another process may have been faster
+            made = fill(Path(tmp))
+            if not is_whole(made): raise ValueError('images are missing')
+            with contextlib.suppress(OSError): made.rename(path)  # another process may have been faster
     if is_whole(path): return path
     raise InputError(f'{path} does not hold the {SIZES[path.name]:,} images of CIFAR-10; remove it to get them again')
 
