@@ -104,7 +104,7 @@ def test_what_cannot_be_exported_is_one_line(run, tmp_path, monkeypatch, capsys)
     for package, name in (('onnxscript', 'net.onnx'), ('safetensors', 'net.safetensors')):
         for module in (package, package + '.torch'): monkeypatch.setitem(sys.modules, module, None)
         assert f'{name} needs the package {package}: pip install {package}' in export(name)
-    assert '"none.png" does not exist' in export('net.pt2', 'none.png')
+    assert 'none.png cannot be read' in export('net.pt2', 'none.png')
     assert [*tmp_path.iterdir()] == []
     assert 'No such file' in export('none/net.pt2', code=1)
 
