@@ -76,10 +76,7 @@ def get_empty_dls(vocab: list[str]) -> DataLoaders:
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
-    """The image files that `paths` stand for, and their classes if it is one folder with a sub-folder a class.
-
-    Raises `InputError`.
-    """
+    """The image files in `paths`, and their classes if that is one folder with sub-folders. Raises `InputError`."""
     files = []
     for path in paths:
         files += list_images(Path(path)) if os.path.isdir(path) else [Path(path)]
@@ -93,10 +90,7 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
 
 
 def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """A row per file: the class with the largest probability and the next two, each with its probability.
-
-    `log_probs` (N, classes) float32.
-    """
+    """A row per file: the three likeliest classes with their probabilities; `log_probs` (N, classes) float32."""
     top = log_probs.exp().topk(min(3, len(vocab)))
     table = pd.DataFrame(dict(file=[str(f) for f in files]))
     for i, suffix in enumerate(('', '_2', '_3')[:len(vocab)]):
@@ -106,10 +100,7 @@ def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> 
 
 
 def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """Accuracy of all, recall and precision of each class, and what is confused.
-
-    `log_probs` and the mirror images' `flipped` (N, classes) float32, `targets` (N,) int64.
-    """
+    """The accuracy, in words and tables; `log_probs`, and `flipped` of mirror images, (N, classes), `targets` (N,)."""
     def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
     confused = list_confusions(targets, log_probs.argmax(1), vocab)
     return f'''{len(targets):,} images
@@ -166,13 +157,12 @@ def predict(run: str, images: list[str], csv: bool = False, export: Path | None 
     """Print what `images` show, or how accurately they are classified; write the network to the file `export`."""
     learn = load_run(run)
     vocab = list(learn.dls.vocab)
-    if images or not export:
-        files, targets = find_images(images, vocab)
-        pixels = decode_images(files, resize=True)
     if export:
         export_network(learn, export)
         print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
         if not images: return
+    files, targets = find_images(images, vocab)
+    pixels = decode_images(files, resize=True)
     if not show_progress() or csv: learn.remove_cb(ProgressCallback)
     with fast(learn):
         log_probs = get_log_probs(learn, pixels)

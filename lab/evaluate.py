@@ -9,9 +9,9 @@ PREDICT_BS = 512
 
 @alone()
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
-    """The network's predictions for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
+    """The log-probabilities (N, classes), float32 on the CPU, for uint8 images (N, 3, 32, 32).
 
-    Networks that end in logits or in log-probabilities give the same: log-softmax leaves the latter as they are.
+    A network may end in logits or in log-probabilities, which log-softmax leaves as they are.
     """
     device, after_batch = next(learn.model.parameters()).device, learn.dls.valid.after_batch
     batches = L(images.split(PREDICT_BS)).map(lambda x: after_batch((TensorImage(x.to(device).contiguous()),)))
@@ -19,10 +19,7 @@ def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
 
 
 def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """The columns `class, images, recall, precision`; a share of nothing is NaN.
-
-    `log_probs` (N, classes) float, `targets` (N,) int64.
-    """
+    """`class, images, recall, precision` from `log_probs` (N, classes) and `targets` (N,); a share of none is NaN."""
     precision, recall, _, images = precision_recall_fscore_support(
         targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
     return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})

@@ -27,7 +27,7 @@ def list_images(path: Path) -> L:
 def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted; of each class one in `every`.
 
-    Where there is no `test`, the folder may be called `valid` or `val`. Without `split` they are `path/<class>/*`.
+    Where there is no `test`, the folder may be called `valid` or `val`; without `split` they are `<class>/*` in `path`.
     Raises `InputError` for any other layout.
     """
     path = Path(path)
@@ -40,7 +40,7 @@ def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     classes = {o.name for folder in splits for o in folder.iterdir() if o.is_dir() and o.name[0] != '.'}
     if len(classes) < 2: raise InputError(f'{splits[-1]} has fewer than two class folders')
     images = groupby(L(splits).map(list_images).concat(), lambda f: f.parent)
-    if wrong := {*images} ^ {folder/name for folder in splits for name in classes}:
+    if split and (wrong := {*images} ^ {folder/name for folder in splits for name in classes}):
         what = 'holds images, but is no class folder' if min(wrong) in images else 'holds no images that can be read'
         raise InputError(f'{min(wrong)} {what}')
     return L(o[::every] for o in images.values()).concat()
@@ -74,7 +74,7 @@ class RGBImage(PILImage):
 
 
 class CenterResize(DisplayedTransform):
-    """Brings a `PILImage` that no other transform has resized to SIZE × SIZE: its centre square, resized."""
+    """Makes of a `PILImage` of another size its centre square, resized to SIZE × SIZE."""
     order = 4.5  # after the transforms of PIL images, before ToTensor (5)
     def encodes(self, x: PILImage) -> PILImage: return type(x)(fit_size(x))
 
@@ -141,7 +141,7 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
 
 
 def source_of(dataset) -> list:
-    """What decides about images and labels of a data set of fastai: classes, items, the transforms that open them."""
+    """What decides about images and labels of a data set: classes, items, and the transforms that open them."""
     return [list(dataset.vocab), *((list(tl.items), list(tl.tfms.fs)) for tl in dataset.tls)]
 
 

