@@ -17,12 +17,12 @@ import json
 import sys
 
 from fastai.vision.all import *
-from sklearn.metrics import confusion_matrix
+from torchvision.transforms import v2
 
 from arch import ResNet
-from lab.errors import InputError, one_line_errors
+from lab.errors import InputError, one_line, one_line_errors
 from lab.evaluate import get_log_probs, list_confusions, per_class_scores
-from lab.loader import SIZE, TEST_FOLDERS, BatchDL, CenterResize, RGBImage, decode_images, list_images, show_progress
+from lab.loader import SIZE, BatchDL, CenterResize, RGBImage, decode_images, list_images, show_progress
 from lab.report import percent
 from lab.runs import CHECKPOINT, atomic_write, load_state
 from lab.sources import get_data
@@ -31,6 +31,7 @@ from train_fastai import get_dls, get_learner
 
 EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors.torch'}  # by what writes them
 OPSET = 20  # the version of ONNX's operators
+format_table = partial(pd.DataFrame.to_string, index=False, float_format=percent, na_rep='–')  # shares in percent
 
 
 def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module | None = None) -> Learner:
@@ -41,36 +42,27 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     as the published ones, predict in float32. What the learner saves goes to `run/learner`. Raises `InputError`.
     """
     run = Path(run)
-    if not (run/'model.pth').exists(): raise InputError(explain_missing(run))
+    if not (run/'model.pth').exists():
+        raise InputError(f'{run} is not ' + (f'finished; finish it with: python train_fastai.py --resume {run}' if
+                         (run/CHECKPOINT).exists() else 'the folder of a finished run, as docs/cifar10 is'))
     try:
         m = json.loads((run/'metrics.json').read_bytes())
-        classes, precision, o = [str(c) for c in m['classes']], m['precision'], m['options']
+        classes, precision, o = m['classes'], m['precision'], m['options']
         recipe, bs = {k: o[k] for k in ('wd', 'label_smoothing', 'ema', 'seed')}, o['bs']
         every = 10 if o['quick'] and o['data'] else 1  # the sample is a tenth already
     except (OSError, ValueError, KeyError, TypeError) as e:
-        why = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
-        raise InputError(f'{run/"metrics.json"}, which names the classes, cannot be used ({why}); copy the whole '
-                         'folder of the run') from e
+        raise InputError(f'{run/"metrics.json"} cannot be used ({one_line(e)}); copy all of the run') from e
     weights = load_state(run/'model.pth')
     try:
         if model is None: model = ResNet(3, len(classes), width=len(weights['prep.0.weight']))
         model.load_state_dict(weights)
     except (RuntimeError, KeyError, TypeError, AttributeError) as e:
-        name = type(model).__name__ if model else 'ResNet'
-        raise InputError(f'{run/"model.pth"} does not hold the weights of {name}; load_run(…, model=…) takes another '
-                         'network') from e
+        raise InputError(f'{run/"model.pth"} does not hold the weights of {type(model).__name__ if model else "ResNet"}'
+                         '; load_run(…, model=…) takes another network') from e
     dls = get_empty_dls(classes) if data is None else get_dls(get_data(data), bs=bs, every=every, resize=True)
     if list(dls.vocab) != classes: raise InputError(f'{data} has other classes than {run}: {", ".join(dls.vocab)}')
     exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
     return get_learner(dls, model, precision='fp32' if exact else 'auto', path=run/'learner', **recipe)
-
-
-def explain_missing(run: Path) -> str:
-    """Why `run` is not the folder of a finished run, and what to give instead."""
-    if (run/CHECKPOINT).exists(): return f'{run} is not finished; finish it with: python train_fastai.py --resume {run}'
-    what = 'is a file' if run.is_file() else 'holds no finished run' if run.exists() else 'does not exist'
-    finished = first(o for o in (run.parent, *sorted(run.parent.glob('*'), reverse=True)) if (o/'model.pth').exists())
-    return f'{run} {what}; the first argument is the folder of a finished run, as {finished or "docs/cifar10"}'
 
 
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
@@ -84,84 +76,49 @@ def get_empty_dls(vocab: list[str]) -> DataLoaders:
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
-    """The image files that `paths` stand for, and their classes if it is one folder with a sub-folder a class.
-
-    Raises `InputError`.
-    """
-    def refuse(e: OSError): raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
+    """The image files in `paths`, and their classes if that is one folder with sub-folders. Raises `InputError`."""
     files = []
     for path in paths:
-        if not os.path.exists(path): raise InputError(f'"{path}" does not exist')
-        path = Path(path)
-        for _ in os.walk(path, onerror=refuse if path.is_dir() else None): pass  # what may not be read is not left out
-        found = list_images(path) if path.is_dir() else [path]
-        if not found: raise InputError(f'{path} holds no images')
-        files += found
-    if not files: raise InputError('no image was given')
-    if not path.is_dir() or all(f.parent == path for f in files): return files, None
-    if len(paths) > 1: raise InputError(f'{path} has sub-folders: to evaluate it, give it alone')
-    for file in files:
-        if file.parent.parent != path or file.parent.name not in vocab:
-            test = first(path/o for o in TEST_FOLDERS if (path/o).is_dir())
-            raise InputError(f'{file} is not in a sub-folder with the name of a class: {path}/{"|".join(vocab)}'
-                             + (f'; the test images are in {test}' if test else ''))
+        files += list_images(Path(path)) if os.path.isdir(path) else [Path(path)]
+    if not files: raise InputError(f'there are no images in {" ".join(paths)}' if paths else 'no image was given')
+    root = Path(paths[0])
+    if len(paths) > 1 or all(f.parent in (root, root.parent) for f in files): return files, None
+    for f in files:
+        if f.parent.parent != root or f.parent.name not in vocab:
+            raise InputError(f'{f} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}')
     return files, [vocab.index(f.parent.name) for f in files]
 
 
 def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """A row per file: the class with the largest probability and the next two, each with its probability.
-
-    `log_probs` (N, classes) float32.
-    """
+    """A row per file: the three likeliest classes with their probabilities; `log_probs` (N, classes) float32."""
     top = log_probs.exp().topk(min(3, len(vocab)))
     table = pd.DataFrame(dict(file=[str(f) for f in files]))
-    for i, suffix in enumerate(('', '_2', '_3')[:top.indices.shape[1]]):
-        table['class' + suffix] = [vocab[j] for j in top.indices[:, i]]
+    for i, suffix in enumerate(('', '_2', '_3')[:len(vocab)]):
+        table['class' + suffix] = np.array(vocab)[top.indices[:, i]]
         table['probability' + suffix] = top.values[:, i].tolist()
     return table
 
 
-def format_table(table: pd.DataFrame) -> str:
-    """The rows of `table`, a line each, in aligned columns; shares as percentages."""
-    return table.to_string(index=False, float_format=percent, na_rep='–')
-
-
 def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """Accuracy of all, recall and precision of each class, and what is confused.
-
-    `log_probs` and the mirror images' `flipped` (N, classes) float32, `targets` (N,) int64.
-    """
+    """The accuracy, in words and tables; `log_probs`, and `flipped` of mirror images, (N, classes), `targets` (N,)."""
     def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
-    confused = list_confusions(confusion_matrix(targets, log_probs.argmax(1), labels=range_of(vocab)), vocab)
-    mistakes = f'Most confused:\n{format_table(confused)}' if len(confused) else 'Every image is classified correctly.'
-    return f'''{len(targets):,} images of {len(targets.unique())} classes
+    confused = list_confusions(targets, log_probs.argmax(1), vocab)
+    return f'''{len(targets):,} images
 accuracy                     {accuracy(log_probs)}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2)}   (mean log-probability of image and mirror)
 
 {format_table(per_class_scores(log_probs, targets, vocab))}
 
-{mistakes}'''
-
-
-class WholeNetwork(nn.Module):
-    """The network for other programs: images (N, 3, 32, 32) float32 in 0 … 1 → probabilities (N, classes)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        for name, values in zip(('mean', 'std'), cifar_stats, strict=True):
-            self.register_buffer(name, tensor(values)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.softmax(self.model((images - self.mean) / self.std), 1)
+Most confused:
+{format_table(confused) if len(confused) else 'none'}'''
 
 
 def export_network(learn: Learner, file: Path):
     """Write the network of `learn` to `file`, whose suffix, one of `EXPORTS`, says in which format.
 
-    ONNX and PyTorch's .pt2 hold a `WholeNetwork`, for any N, and the class names, a JSON list: as the metadata
-    `classes`, or as `classes.json` in the archive. Safetensors hold the plain weights, with `classes`, `mean` and `std`
-    as metadata, JSON lists. Raises `InputError` and `RunError`.
+    ONNX and PyTorch's .pt2 hold the whole network, images (N, 3, 32, 32) float32 in 0 … 1 → probabilities (N, classes),
+    and the class names, a JSON list: as the metadata `classes`, or as `classes.json` in the archive. Safetensors hold
+    the plain weights, with `classes`, `mean` and `std` as metadata, JSON lists. Raises `InputError` and `RunError`.
     """
     if file.suffix not in EXPORTS: raise InputError(f'--export {file} does not end in {", ".join(EXPORTS)}')
     try: library = importlib.import_module(EXPORTS[file.suffix])
@@ -173,8 +130,9 @@ def export_network(learn: Learner, file: Path):
         metadata = dict(classes=classes, mean=json.dumps(cifar_stats[0]), std=json.dumps(cifar_stats[1]))
         atomic_write(file, library.save(model.state_dict(), metadata))
         return
+    network = nn.Sequential(v2.Normalize(*cifar_stats), model, nn.Softmax(1)).eval()
     images = torch.zeros(2, 3, SIZE, SIZE)  # with one image the exporter would fix N to 1
-    program = torch.export.export(WholeNetwork(model), (images,), dynamic_shapes=({0: torch.export.Dim('N', min=1)},))
+    program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim('N', min=1)},))
     if file.suffix == '.pt2': torch.export.save(program, content := io.BytesIO(), extra_files={'classes.json': classes})
     else:
         onnx = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=['images'],
@@ -192,21 +150,19 @@ def main(args: list[str] | None = None):
     parser.add_argument('images', nargs='*', help='images or folders; one with a sub-folder per class is evaluated')
     parser.add_argument('--csv', action='store_true', help='print comma-separated values, a row per image')
     parser.add_argument('--export', type=Path, help=f'write the network to this file: {", ".join(EXPORTS)}')
-    with one_line_errors('predict.py'):
-        predict(**vars(parser.parse_intermixed_args(args)))
+    with one_line_errors('predict.py'): predict(**vars(parser.parse_intermixed_args(args)))
 
 
 def predict(run: str, images: list[str], csv: bool = False, export: Path | None = None):
     """Print what `images` show, or how accurately they are classified; write the network to the file `export`."""
     learn = load_run(run)
     vocab = list(learn.dls.vocab)
-    if images or not export:
-        files, targets = find_images(images, vocab)
-        pixels = decode_images(files, resize=True)
     if export:
         export_network(learn, export)
         print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
         if not images: return
+    files, targets = find_images(images, vocab)
+    pixels = decode_images(files, resize=True)
     if not show_progress() or csv: learn.remove_cb(ProgressCallback)
     with fast(learn):
         log_probs = get_log_probs(learn, pixels)

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as TF
 from arch import ResNet
 from callbacks import History, Misclassified, SeedEpochs, StopOnNaN, WeightAverage
 from lab.errors import InputError, RunError, one_line_errors
-from lab.loader import Augmentation, BatchDL, CenterResize, RGBImage, cache_images, decode_images, image_files
+from lab.loader import Augmentation, BatchDL, CenterResize, RGBImage, cache_images, image_files
 from lab.optim import CrossEntropy, FusedAdam
 from lab.processes import data_parallel, join_processes, on_first
 from lab.results import describe, draw_training, save_finder, save_results
@@ -86,7 +86,6 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     try: files = image_files(path, every, split=valid_pct is None)
     except OSError as e: raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
     if item_tfms is None: item_tfms = [PadCrop(4), FlipLR(), Cutout(8)]
-    images = decode_images(files, resize) if all(isinstance(tfm, Augmentation) for tfm in item_tfms) else None
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,
                       splitter=FuncSplitter(lambda file: file.parent.parent.name != 'train') if valid_pct is None else
                       TrainTestSplitter(valid_pct, random_state=42, stratify=[file.parent.name for file in files]),
@@ -97,7 +96,7 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
         share = f', taking one in {every}' if every > 1 else ''
         raise InputError(f'{path} has {len(dls.train_ds)} training images{share}, fewer than one batch of {bs}; '
                          'lower --bs')
-    return cache_images(dls, files, images) if images is not None else dls
+    return cache_images(dls, resize) if all(isinstance(tfm, Augmentation) for tfm in item_tfms) else dls
 
 
 def get_learner(dls: DataLoaders, model: nn.Module | Callable | None = None, opt_func: Callable = FusedAdam,

@@ -9,9 +9,9 @@ PREDICT_BS = 512
 
 @alone()
 def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
-    """The network's predictions for uint8 images (N, 3, 32, 32): log-probabilities (N, classes), float32 on the CPU.
+    """The log-probabilities (N, classes), float32 on the CPU, for uint8 images (N, 3, 32, 32).
 
-    Networks that end in logits or in log-probabilities give the same: log-softmax leaves the latter as they are.
+    A network may end in logits or in log-probabilities, which log-softmax leaves as they are.
     """
     device, after_batch = next(learn.model.parameters()).device, learn.dls.valid.after_batch
     batches = L(images.split(PREDICT_BS)).map(lambda x: after_batch((TensorImage(x.to(device).contiguous()),)))
@@ -19,20 +19,17 @@ def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
 
 
 def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd.DataFrame:
-    """The columns `class, images, recall, precision`; a share of nothing is NaN.
-
-    `log_probs` (N, classes) float, `targets` (N,) int64.
-    """
+    """`class, images, recall, precision` from `log_probs` (N, classes) and `targets` (N,); a share of none is NaN."""
     precision, recall, _, images = precision_recall_fscore_support(
         targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
     return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})
 
 
-def list_confusions(counts: ndarray, vocab: list[str], n: int = 10) -> pd.DataFrame:
-    """The at most `n` most frequent errors as `actual, predicted, images`, from a confusion matrix."""
-    mistakes = pd.DataFrame(counts - np.diag(counts.diagonal()), list(vocab), list(vocab)).rename_axis('actual')
-    mistakes = mistakes.rename_axis('predicted', axis=1).stack().reset_index(name='images')
-    return mistakes[mistakes.images > 0].nlargest(n, 'images')
+def list_confusions(targets: Tensor, predicted: Tensor, vocab: list[str], n: int = 10) -> pd.DataFrame:
+    """The at most `n` most frequent errors as `actual, predicted, images`; `targets`, `predicted` (N,) int64."""
+    vocab = np.array(vocab)
+    pairs = pd.DataFrame(dict(actual=vocab[targets], predicted=vocab[predicted]))[(targets != predicted).numpy()]
+    return pairs.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(n, 'images')
 
 
 def list_misclassified(log_probs: Tensor, targets: Tensor, files: Sequence[Path], vocab: list[str], path: Path

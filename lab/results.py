@@ -8,7 +8,6 @@ import sys
 from importlib.metadata import version
 
 from fastai.vision.all import *
-from sklearn.metrics import confusion_matrix
 
 from lab import figures
 from lab.errors import RunError
@@ -129,8 +128,7 @@ def save_results(run: Run, learn: Learner):
         log_probs = get_log_probs(learn, get_images(ds, range_of(ds.items)))
     predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
     wrong = list_misclassified(log_probs, targets, ds.items, dls.vocab, dls.path)
-    counts, classes = confusion_matrix(targets, predicted, labels=range_of(dls.vocab)), per_class_scores(
-        log_probs, targets, dls.vocab)
+    classes = per_class_scores(log_probs, targets, dls.vocab)
     images = get_images(ds, wrong.index)
     lr_min, lr_max = run.lrs
     metrics = dict(
@@ -148,7 +146,7 @@ def save_results(run: Run, learn: Learner):
     save_csv(out/'classes.csv', classes)
     atomic_write(out/'metrics.json', json.dumps(metrics, indent=2, allow_nan=False).encode() + b'\n')
     report = write_report(metrics, run.command, h.rows, h.schedule, len(wrong), classes,
-                          list_confusions(counts, dls.vocab, 3))
+                          list_confusions(targets, predicted, dls.vocab, 3))
     atomic_write(out/'report.md', report.encode(errors='backslashreplace'))
     save_figure(run, 'misclassified.png', figures.draw_misclassified, images[:10], wrong)
     save_figure(run, 'confusion_matrix.png', figures.draw_confusions, targets, predicted, dls.vocab)

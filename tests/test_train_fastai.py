@@ -346,7 +346,7 @@ def test_options_out_of_range(change):
     (dict(epochs=0), '--epochs 0'),
     (dict(precision='fp16'), '--precision fp16 '),
     (dict(bs=25), 'fewer than one batch of 25'),
-    (dict(data='nowhere'), 'nowhere does not exist'),
+    (dict(data='nowhere'), 'there is no folder /'),
     (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'),
     (dict(resume='.'), 'checkpoint.pth cannot be read (No such file or directory); start a run without --resume'),
     (dict(resume='.', bs=512), '--bs does not go with --resume, which takes --data alone'),  # a default that is given
