@@ -138,7 +138,7 @@ class Winograd(torch.autograd.Function):
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3×3 convolution that `fits_winograd`: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`, in channels-last memory.
+    """A 3×3 convolution of `MIN_CHANNELS` or more: (N, C, H, W) → (N, C', H, W) in channels-last memory.
 
     Direct, as ever, for what it is not made for: other than float32 on a CPU, autocast, sides that are no multiples of
     four, very few pixels; and where products may be rounded further: transformed ones would lose most of their digits.
@@ -157,8 +157,3 @@ def is_plain_3x3(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and module.bias is None and (
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
         == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
-
-
-def fits_winograd(module: nn.Module) -> bool:
-    """Whether `WinogradConv2d` computes what the convolution `module` does, and sooner."""
-    return is_plain_3x3(module) and min(module.weight.shape[:2]) >= MIN_CHANNELS
