@@ -1,9 +1,10 @@
 """What makes training fast: `fast(learn)`, and the precision of a learner.
 
-Everything that `fast` does is undone at its end: a model, its weights and a file are plain outside of it.
+Everything that `fast` does is undone at its end: a model and its weights are plain outside of it.
 """
 import contextlib
 import ctypes
+import itertools
 import platform
 import sys
 import warnings
@@ -56,9 +57,8 @@ class SmoothLoss(AvgSmoothLoss):
 class SideBySideConv2d(nn.Conv2d):
     """A 3×3 convolution that lays small maps side by side, in rows of 32: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`.
 
-    oneDNN's AMX convolutions fill their tiles along the width of a map, and small maps leave most of a tile empty. A
-    column of zeros keeps neighbours apart, as padding does. The result is in channels-last memory: with any other
-    strides a batch norm of bfloat16 values takes ten times as long.
+    oneDNN's AMX convolutions fill their tiles along the width of a map. A column of zeros keeps neighbours apart. The
+    result is in channels-last memory: with other strides a batch norm of bfloat16 values takes ten times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,13 +73,13 @@ class SideBySideConv2d(nn.Conv2d):
 
 
 class InPlaceSequential(nn.Sequential):
-    """An `nn.Sequential` whose ReLUs overwrite what a batch norm has computed for them alone; hooks see it as ever.
+    """An `nn.Sequential` whose ReLUs overwrite what a batch norm has computed for them, where no hook sees it.
 
-    Training takes a tenth less memory in float32. In bfloat16 on a CPU it would take longer.
+    It takes a tenth less memory; not for bfloat16 on a CPU, where a ReLU in place takes twice as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        for before, m in zip([None, *self], self):  # noqa: B905
+        for before, m in itertools.pairwise([None, *self]):
             alone = type(before) is nn.BatchNorm2d and type(m) is nn.ReLU and not is_hooked(before) and not is_hooked(m)
             x = x.relu_() if alone else m(x)
         return x
@@ -111,8 +111,7 @@ def fast_layout(learn: Learner):
 def keep_freed_memory():
     """Context manager that keeps the memory of freed tensors: returning it and asking again costs an eighth of a step.
 
-    For Linux with glibc. Afterwards the memory is returned, and glibc's thresholds are close to what its own dynamic
-    rule arrives at, which is switched off for good once `mallopt` was called.
+    For Linux with glibc. Afterwards its thresholds are close to what its own rule, now switched off, arrives at.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     mallopt, trim = getattr(libc, 'mallopt', noop), getattr(libc, 'malloc_trim', noop)
@@ -121,13 +120,14 @@ def keep_freed_memory():
     mallopt(m_trim_threshold, -1)  # never shrink the heap
     try: yield
     finally:
-        for option, value in ((m_mmap_max, 65536), (m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 64 * 2**20)):
-            mallopt(option, value)
+        mallopt(m_mmap_max, 65536)
+        mallopt(m_mmap_threshold, 32 * 2**20)
+        mallopt(m_trim_threshold, 64 * 2**20)
         trim(0)
 
 
 class Guard(Callback):
-    """Does in `fast` what fastai leaves undone after an error or Ctrl-C, and guards other wrapped optimizers."""
+    """Does in `fast` what fastai leaves undone after an error; see docs/findings/autocast_after_interrupt.sh."""
     order, finder, autocast = MixedPrecision.order + 1, None, None  # within its autocast
 
     def before_fit(self):
@@ -141,7 +141,7 @@ class Guard(Callback):
         if losses := getattr(getattr(self.learn, 'recorder', None), 'losses', None):
             self.recorder.losses = [o.cpu() for o in losses]
 
-    def clean_up(self):  # docs/findings/autocast_after_interrupt.sh, interrupted_lr_find.sh
+    def clean_up(self):
         if self.autocast and torch.is_autocast_enabled(self.autocast.device): self.autocast.__exit__(None, None, None)
         if self.opt: self.opt.zero_grad()
         if self.finder:
@@ -153,8 +153,8 @@ class Guard(Callback):
 class CUDAGraph(Guard):
     """Records the forward and backward pass on a GPU once and replays them in every step of a fit.
 
-    The kernels and their results are the same; launching them one by one takes a fast GPU longer than computing them.
-    All training batches must have one shape, so the loader has to drop the last partial one.
+    The kernels are the same; launching them one by one takes a fast GPU longer than computing them. All training
+    batches must have one shape, so the loader has to drop the last partial one.
     """
     recorded = None
 
@@ -166,8 +166,8 @@ class CUDAGraph(Guard):
         statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
         images = self.x.as_subclass(Tensor).clone()
         self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
-        with (torch.autocast('cuda', enabled=torch.is_autocast_enabled('cuda'), cache_enabled=False),
-              warnings.catch_warnings()):
+        enabled = torch.is_autocast_enabled('cuda')
+        with torch.autocast('cuda', enabled=enabled, cache_enabled=False), warnings.catch_warnings():
             warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
             torch.cuda.make_graphed_callables(self.model, (images,))  # evaluation stays as it was
         self.recorded = vars(self.model).get('forward')
@@ -183,10 +183,9 @@ class CUDAGraph(Guard):
 def fast(learn: Learner):
     """Context manager in which `learn` trains and predicts fast; undone at its end, also after an error or Ctrl-C.
 
-    On a CPU freed memory is kept for the next step. A network whose class names a `memory_format`, as `ResNet` does,
-    is brought into that layout, its convolutions are computed by Winograd's products in float32 on a CPU, or side by
-    side in bfloat16 with AMX, and on a GPU its training step is recorded. Any other network keeps its layout, since it
-    may use `view`. Numbers are the same, to rounding.
+    Numbers are the same, to rounding. On a CPU freed memory is kept for the next step. A network whose class names a
+    `memory_format`, as `ResNet` does, is brought into that layout, its modules are replaced by faster ones on a CPU,
+    and its training step is recorded on a GPU. Any other network may use `view`, say, and keeps its layout.
     """
     gpu = next(learn.model.parameters()).is_cuda
     graph = gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format')
