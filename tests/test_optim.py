@@ -55,7 +55,7 @@ def test_fused_adamw_steps_like_fastais_adam():
     assert (ends[0] - ends[1]).norm() < 1e-9 * ends[1].norm()
 
 
-def test_one_group_is_shown_and_two_lie_below_of_which_one_decays(dls, tmp_path):
+def test_one_group_is_shown_of_two_of_which_one_decays(dls, tmp_path):
     learn = get_learner(dls, precision='fp32', wd=0.2, path=tmp_path)
     learn.fit(1, 1e-3)
     shown, = learn.opt.hypers

@@ -51,7 +51,7 @@ def test_first_process_alone_prints(two):
         assert [said.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == counts
 
 
-def test_both_processes_share_rates_and_end_with_the_same_weights(two):
+def test_both_processes_share_rates_and_end_with_equal_weights(two):
     first, second = see(two)
     kept = torch.load(two[0]/'model.pth', weights_only=True)
     assert kept.keys() == first['weights'].keys() == second['weights'].keys()
