@@ -1,6 +1,4 @@
 """The training loss, and torch's optimizers as fastai's."""
-from typing import Any
-
 from fastai.vision.all import *
 
 
@@ -16,78 +14,60 @@ class CrossEntropy(CrossEntropyLossFlat):
         return super().__call__(inp, targ, **kwargs)
 
 
-def match_layout(opt: torch.optim.Optimizer):
+def match_layout(opt: OptimWrapper):
     """Give every gradient and every moment of `opt` the memory layout of its weight.
 
     A fused optimizer on a CPU pairs weights and moments by memory, not by index: with another layout on one side it
     would step wrongly, without an error (docs/findings/fused_adamw_mixed_layouts.sh).
     """
-    for p in (p for pg in opt.param_groups for p in pg['params']):
+    if not isinstance(opt, OptimWrapper): return  # fastai's own pair by name
+    for p in (p for params in opt.param_lists for p in params):
         if p.grad is not None and p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
-        for k, v in opt.state.get(p, {}).items():
-            if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride():
-                opt.state[p][k] = torch.empty_like(p).copy_(v)
+        state = opt.opt.state.get(p, {})
+        state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items()
+                      if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride()})
+
+
+class Hypers(dict):
+    """A list's hyper-parameters; what is written to them reaches torch's `groups`, where it has `names`."""
+
+    def __init__(self, hypers: dict, groups: list[dict], names: dict):
+        super().__init__(hypers)
+        self.groups, self.names = groups, names
+
+    def __setitem__(self, k, v):
+        super().__setitem__(k, v)
+        for pg in self.groups[:1] if k == 'wd' else self.groups: set_item_pg(pg, self.names[k], v)
 
 
 class TorchOptimizer(OptimWrapper):
     """A torch optimizer that behaves like one of fastai's: `partial(TorchOptimizer, opt=torch.optim.SGD, momentum=.9)`.
 
-    fastai sees one group for each list of the splitter; each is two of torch's: what decays, and what does not, as
-    `Learner.create_opt` decides (`wd_bn_bias`). fastai's `OptimWrapper` decays all, and what is written to its `hypers`
-    is lost (docs/findings/optimwrapper_decays_norms.sh).
+    Each list of the splitter is one group to fastai and two to torch: what has several dimensions decays, biases and
+    batch norm do not. fastai's `OptimWrapper` decays all, and what is written to its `hypers` is lost
+    (docs/findings/optimwrapper_decays_norms.sh).
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for i, pg in enumerate(self.opt.param_groups): pg.update(dict(list=i, decays=True) | pg)
-
-    def split(self) -> dict[int, list]:
-        """The torch groups of each list, what decays first, after splitting them by fastai's `do_wd` in `state`."""
-        def decays(p): return self.state[p].get('do_wd', True)
-        if any(decays(p) != pg['decays'] for pg in self.opt.param_groups for p in pg['params']):
-            parts = [pg | dict(params=[p for p in pg['params'] if decays(p) == which], decays=which) | wd
-                     for pg in self.opt.param_groups for which, wd in ((True, {}), (False, dict(weight_decay=0.)))]
-            self.opt.param_groups = [pg for pg in parts if pg['params']]
-        return groupby(self.opt.param_groups, itemgetter('list'))
+        self.opt.param_groups = [pg | dict(params=[p for p in pg['params'] if (p.ndim > 1) == decays]) | wd
+                                 for pg in self.opt.param_groups
+                                 for decays, wd in ((True, {}), (False, dict(weight_decay=0.)))]
 
     @property
-    def param_lists(self) -> list: return [[p for pg in pgs for p in pg['params']] for pgs in self.split().values()]
+    def param_lists(self) -> list: return [a['params'] + b['params'] for a, b in chunked(self.opt.param_groups, 2)]
 
     @property
-    def hypers(self) -> list[dict]:
-        return [Hypers({self.fwd_map[k]: v for k, v in detuplify_pg(groups[0]).items() if k in self.fwd_map},
-                       partial(self.set_in, groups)) for groups in self.split().values()]
-
-    def set_in(self, groups: list[dict], k: str, v: Any):
-        for pg in groups:
-            if pg['decays'] or k != 'wd': set_item_pg(pg, self.bwd_map[k], v)
+    def hypers(self) -> list[Hypers]:
+        return [Hypers(h, groups, self.bwd_map)
+                for h, groups in zip(super().hypers[::2], chunked(self.opt.param_groups, 2), strict=True)]
 
     def _set_hyper(self, k: str, values: list):
-        for groups, v in zip(self.split().values(), values, strict=True): self.set_in(groups, k, v)
+        for h, v in zip(self.hypers, values, strict=True): h[k] = v
 
     def step(self, closure: Callable | None = None):
-        self.split()
-        match_layout(self.opt)
+        match_layout(self)
         self.opt.step(closure)
-
-    def state_dict(self) -> dict:
-        """As torch's, with contiguous tensors, whatever the layout in training."""
-        self.split()
-        return apply(lambda o: o.contiguous() if isinstance(o, Tensor) else o, self.opt.state_dict())
-
-    def load_state_dict(self, state: dict):
-        self.split()
-        self.opt.load_state_dict(state)
-
-
-class Hypers(dict):
-    """Hyper-parameters that pass on what is written to them by `write(key, value)`."""
-
-    def __init__(self, items: dict, write: Callable):
-        super().__init__(items)
-        self.write = write
-
-    def __setitem__(self, k, v): super().__setitem__(k, v); self.write(k, v)  # noqa: E702
 
 
 class FusedAdam(TorchOptimizer):
@@ -98,6 +78,6 @@ class FusedAdam(TorchOptimizer):
 
     def __init__(self, params, lr: float, mom: float = .95, sqr_mom: float = .99, eps: float = 1e-5, wd: float = .01):
         params = L(params)  # a splitter may return a generator
-        device = (params[0][0] if isinstance(params[0], list | tuple | L) else params[0]).device
+        device = first(p for o in params for p in (o if isinstance(o, list | L) else [o])).device
         super().__init__(params, torch.optim.AdamW, lr=lr, betas=(mom, sqr_mom), eps=eps, weight_decay=wd,
                          fused=device.type in ('cpu', 'cuda'), foreach=False)  # None would break TensorBoardCallback

@@ -9,14 +9,12 @@ from fastai.vision.all import *
 @contextlib.contextmanager
 def join_processes():
     """Context manager that connects the processes of a run; only rank 0 prints."""
-    if num_distrib() < 2:
-        yield
-        return
-    from accelerate import PartialState
-    PartialState(cpu=not torch.cuda.is_available())
-    if rank_distrib(): sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
+    if num_distrib() > 1:
+        from accelerate import PartialState
+        PartialState(cpu=not torch.cuda.is_available())
+        if rank_distrib(): sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
     yield
-    torch.distributed.destroy_process_group()  # not after an error: the others may not come
+    if num_distrib() > 1: torch.distributed.destroy_process_group()  # not after an error: the others may not come
 
 
 @contextlib.contextmanager
@@ -42,12 +40,10 @@ def data_parallel(learn: Learner):
 
     On GPUs batch norm is synchronised; torch has no such batch norm for CPUs.
     """
-    if num_distrib() < 2:
+    with contextlib.ExitStack() as stack:
+        if num_distrib() > 1:
+            import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
+            part = learn.dls.train.bs // num_distrib()
+            stack.enter_context(contextlib.contextmanager(replacing_yield)(learn.dls.train, 'bs', part))
+            stack.enter_context(learn.distrib_ctx(sync_bn=next(learn.model.parameters()).is_cuda))
         yield
-        return
-    import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
-    dl = learn.dls.train
-    dl.bs //= num_distrib()
-    try:
-        with learn.distrib_ctx(sync_bn=next(learn.model.parameters()).is_cuda): yield
-    finally: dl.bs *= num_distrib()

@@ -1,19 +1,19 @@
 """What makes training fast: `fast(learn)`, and the precision of a learner.
 
-Everything that `fast` does is undone at its end: a model, its weights and a file are plain outside of it.
+Everything that `fast` does is undone at its end: a model and its weights are plain outside of it.
 """
 import contextlib
 import ctypes
+import itertools
 import platform
 import sys
 import warnings
 
 from fastai.vision.all import *
-from torch.nn.parallel import DistributedDataParallel
 
 from lab.errors import InputError
 from lab.optim import match_layout
-from lab.winograd import WinogradConv2d, fits_winograd, is_plain_3x3
+from lab.winograd import MIN_CHANNELS, WinogradConv2d, is_plain_3x3
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
@@ -22,58 +22,28 @@ SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside `torch.compile`, DataParallel and DistributedDataParallel."""
-    while hasattr(model, '_orig_mod') or isinstance(model, nn.DataParallel | DistributedDataParallel):
-        model = getattr(model, '_orig_mod', None) or model.module
-    return model
+    model = get_model(model)
+    return get_model(getattr(model, '_orig_mod', model))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes through `module`, or has replaced its `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or 'forward' in vars(module))
 
 
 class Precision(MixedPrecision):
-    """fastai's mixed precision, with 'bf16' on a CPU, too, where fastai's own would train in float32."""
+    """fastai's mixed precision, on every device: its own knows CUDA alone, and would train in float32 on a CPU."""
     name = 'mixed_precision'  # where fastai looks for it
 
     def before_fit(self):
-        if self.amp_mode != AMPMode.BF16 or next(self.model.parameters()).device.type != 'cpu':
-            super().before_fit()
-            return
-        self.autocast, self.scales = torch.autocast('cpu', torch.bfloat16), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=False)
+        device, fp16 = next(self.model.parameters()).device.type, self.amp_mode == AMPMode.FP16
+        self.autocast, self.scales = torch.autocast(device, torch.float16 if fp16 else torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler(device, enabled=fp16, **self.kwargs)
 
     def state_dict(self) -> dict: return self.learn.scaler.state_dict()
 
     def load_state_dict(self, state: dict): self.learn.scaler.load_state_dict(state)
-
-
-class CUDAGraph(Callback):
-    """Records the forward and backward pass on a GPU once and replays them in every step of a fit.
-
-    The kernels and their results are the same; launching them one by one takes a fast GPU longer than computing them.
-    All training batches must have one shape, so the loader has to drop the last partial one.
-    """
-    order, recorded = MixedPrecision.order + 1, None  # within its autocast
-
-    def before_batch(self):
-        if not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
-        # A replay runs no hooks, and overwrites the gradients of the step before.
-        hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                     or 'forward' in vars(m) for m in self.model.modules())
-        whole = getattr(self.dls.train, 'drop_last', False)
-        if hooked or not whole or self.model is not unwrap(self.model) or hasattr(self.learn, 'gradient_accumulation'):
-            return
-        statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
-        images = self.x.as_subclass(Tensor).clone()
-        self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
-        enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
-        with torch.autocast('cuda', dtype, enabled=enabled, cache_enabled=False), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
-            torch.cuda.make_graphed_callables(self.model, (images,))  # evaluation stays as it was
-        self.recorded = vars(self.model).get('forward')
-        for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
-
-    def after_fit(self):
-        if self.recorded and vars(self.model).get('forward') is self.recorded: del self.model.forward
-        self.recorded = None
-
-    clean_up = after_fit
 
 
 class SmoothLoss(AvgSmoothLoss):
@@ -87,9 +57,8 @@ class SmoothLoss(AvgSmoothLoss):
 class SideBySideConv2d(nn.Conv2d):
     """A 3×3 convolution that lays small maps side by side, in rows of 32: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`.
 
-    oneDNN's AMX convolutions fill their tiles along the width of a map, and small maps leave most of a tile empty. A
-    column of zeros keeps neighbours apart, as padding does. The result is in channels-last memory: with any other
-    strides a batch norm of bfloat16 values takes ten times as long.
+    oneDNN's AMX convolutions fill their tiles along the width of a map. A column of zeros keeps neighbours apart. The
+    result is in channels-last memory: with other strides a batch norm of bfloat16 values takes ten times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,121 +72,146 @@ class SideBySideConv2d(nn.Conv2d):
         return maps.reshape(n, h, w, -1).contiguous().permute(0, 3, 1, 2)
 
 
-def faster_class(conv: nn.Module, learn: Learner) -> type | None:
-    """What computes the same as the convolution `conv` in less time on this processor, if anything does."""
-    if not is_plain_3x3(conv) or conv.weight.device.type != 'cpu': return None
-    if hasattr(learn, 'mixed_precision'):
-        return SideBySideConv2d if torch.cpu.get_capabilities().get('amx_bf16') else None
-    return WinogradConv2d if fits_winograd(conv) else None
+class InPlaceSequential(nn.Sequential):
+    """An `nn.Sequential` whose ReLUs overwrite what a batch norm has computed for them, where no hook sees it.
+
+    It takes a tenth less memory; not for bfloat16 on a CPU, where a ReLU in place takes twice as long.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        for before, m in itertools.pairwise([None, *self]):
+            alone = type(before) is nn.BatchNorm2d and type(m) is nn.ReLU and not is_hooked(before) and not is_hooked(m)
+            x = x.relu_() if alone else m(x)
+        return x
 
 
-def make_contiguous(module: nn.Module, state: dict, prefix: str, metadata: dict):
-    """State-dict hook that makes tensors contiguous, so that files written in `fast` are plain."""
-    state.update({k: v.contiguous() for k, v in state.items() if k.startswith(prefix) and isinstance(v, Tensor)})
+def faster_class(m: nn.Module, mixed: bool) -> type:
+    """What computes on this CPU the same as the module `m` in less time or memory, or else its class."""
+    amx = torch.cpu.get_capabilities().get('amx_bf16')
+    if mixed: return SideBySideConv2d if amx and is_plain_3x3(m) else type(m)
+    if type(m) is nn.Sequential: return InPlaceSequential
+    return WinogradConv2d if is_plain_3x3(m) and min(m.weight.shape[:2]) >= MIN_CHANNELS else type(m)
 
 
 @contextlib.contextmanager
 def fast_layout(learn: Learner):
-    """Context manager: weights in the network's `memory_format`, and convolutions that suit the processor."""
+    """Context manager: weights in the network's `memory_format`, and on a CPU modules that suit the processor."""
     model = unwrap(learn.model)
-    memory_format, device = getattr(model, 'memory_format', None), next(model.parameters()).device
-    if memory_format is None or device.type not in ('cpu', 'cuda'):
+    memory_format, device = getattr(model, 'memory_format', None), next(model.parameters()).device.type
+    with contextlib.ExitStack() as stack:
+        if memory_format and device in ('cpu', 'cuda'):
+            for m in model.modules() if device == 'cpu' else ():
+                stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
+            stack.callback(model.to, memory_format=torch.contiguous_format)
+            model.to(memory_format=memory_format)
         yield
-        return
-    convs = {m: cls for m in model.modules() if (cls := faster_class(m, learn))}
-    if WinogradConv2d in convs.values() and torch.get_float32_matmul_precision() != 'highest':
-        print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
-    plain = all(p.is_contiguous() for p in model.parameters())  # else somebody chose another layout
-    hook = model.register_state_dict_post_hook(make_contiguous)
-    try:
-        for conv, cls in convs.items(): conv.__class__ = cls
-        model.to(memory_format=memory_format)
-        yield
-    finally:
-        for conv in convs: conv.__class__ = nn.Conv2d
-        if plain: model.to(memory_format=torch.contiguous_format)
-        hook.remove()
 
 
 @contextlib.contextmanager
 def keep_freed_memory():
     """Context manager that keeps the memory of freed tensors: returning it and asking again costs an eighth of a step.
 
-    For Linux with glibc. Afterwards the memory is returned, and glibc's thresholds are close to what its own dynamic
-    rule arrives at, which is switched off for good once `mallopt` was called.
+    For Linux with glibc. Afterwards its thresholds are close to what its own rule, now switched off, arrives at.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     mallopt, trim = getattr(libc, 'mallopt', noop), getattr(libc, 'malloc_trim', noop)
     m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
-    try:
-        mallopt(m_mmap_max, 0)  # no mapping of its own for a large tensor
-        mallopt(m_trim_threshold, -1)  # never shrink the heap
-        yield
+    mallopt(m_mmap_max, 0)  # no mapping of its own for a large tensor
+    mallopt(m_trim_threshold, -1)  # never shrink the heap
+    try: yield
     finally:
-        for option, value in ((m_mmap_max, 65536), (m_mmap_threshold, 32 * 2**20), (m_trim_threshold, 64 * 2**20)):
-            mallopt(option, value)
+        mallopt(m_mmap_max, 65536)
+        mallopt(m_mmap_threshold, 32 * 2**20)
+        mallopt(m_trim_threshold, 64 * 2**20)
         trim(0)
 
 
 class Guard(Callback):
-    """Does in `fast` what fastai leaves undone after an error or Ctrl-C, and guards other wrapped optimizers."""
-    order, finder, autocast = MixedPrecision.order + 1, None, None
+    """Does in `fast` what fastai leaves undone after an error; see docs/findings/autocast_after_interrupt.sh."""
+    order, finder, autocast = MixedPrecision.order + 1, None, None  # within its autocast
 
-    def before_fit(self): self.finder = getattr(self.learn, 'lr_finder', None)
+    def before_fit(self):
+        self.finder = getattr(self.learn, 'lr_finder', None)
+        self.autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
 
-    def before_batch(self): self.autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
-
-    def before_train(self):
-        if isinstance(self.opt, OptimWrapper): match_layout(self.opt.opt)  # a callback may have loaded a state
+    def before_train(self): match_layout(self.opt)  # a callback may have loaded a state
 
     def after_fit(self):
         self.finder = None
-        if hasattr(self.learn, 'recorder'): self.recorder.losses = [o.cpu() for o in self.recorder.losses]
+        if losses := getattr(getattr(self.learn, 'recorder', None), 'losses', None):
+            self.recorder.losses = [o.cpu() for o in losses]
 
-    def clean_up(self):  # docs/findings/autocast_after_interrupt.sh, interrupted_lr_find.sh
+    def clean_up(self):
         if self.autocast and torch.is_autocast_enabled(self.autocast.device): self.autocast.__exit__(None, None, None)
         if self.opt: self.opt.zero_grad()
         if self.finder:
             self.finder.learn = self.learn
             self.finder.after_fit()
+        self.after_fit()
+
+
+class CUDAGraph(Guard):
+    """Records the forward and backward pass on a GPU once and replays them in every step of a fit.
+
+    The kernels are the same; launching them one by one takes a fast GPU longer than computing them. All training
+    batches must have one shape, so the loader has to drop the last partial one.
+    """
+    recorded = None
+
+    def before_batch(self):
+        if not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
+        # A replay runs no hooks, and overwrites the gradients of the step before.
+        if any(map(is_hooked, self.model.modules())) or hasattr(self.learn, 'gradient_accumulation'): return
+        if self.model is not unwrap(self.model) or not getattr(self.dls.train, 'drop_last', False): return
+        statistics = [b.clone() for b in self.model.buffers()]  # recording changes them
+        images = self.x.as_subclass(Tensor).clone()
+        self.learn.loss_grad = None  # what is left of an earlier step would drag its stream into the recording
+        enabled = torch.is_autocast_enabled('cuda')
+        with torch.autocast('cuda', enabled=enabled, cache_enabled=False), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', "The AccumulateGrad node's stream does not match")
+            torch.cuda.make_graphed_callables(self.model, (images,))  # evaluation stays as it was
+        self.recorded = vars(self.model).get('forward')
+        for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
+
+    def after_fit(self):
+        super().after_fit()
+        if self.recorded and vars(self.model).get('forward') is self.recorded: del self.model.forward
+        self.recorded = None
 
 
 @contextlib.contextmanager
 def fast(learn: Learner):
     """Context manager in which `learn` trains and predicts fast; undone at its end, also after an error or Ctrl-C.
 
-    On a CPU freed memory is kept for the next step. A network whose class names a `memory_format`, as `ResNet` does,
-    is brought into that layout, its convolutions are computed by Winograd's products in float32 on a CPU, or side by
-    side in bfloat16 with AMX, and on a GPU its training step is recorded. Any other network keeps its layout, since it
-    may use `view`. Numbers are the same, to rounding.
+    Numbers are the same, to rounding. On a CPU freed memory is kept for the next step. A network whose class names a
+    `memory_format`, as `ResNet` does, is brought into that layout, its modules are replaced by faster ones on a CPU,
+    and its training step is recorded on a GPU. Any other network may use `view`, say, and keeps its layout.
     """
-    cbs, gpu = L(Guard()), next(learn.model.parameters()).is_cuda
-    if gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format'): cbs.append(CUDAGraph())
+    gpu = next(learn.model.parameters()).is_cuda
+    graph = gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format')
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(torch.backends.cudnn, 'benchmark', True))
         if not gpu: stack.enter_context(keep_freed_memory())
         elif recorder := getattr(learn, 'recorder', None):
-            stack.callback(vars(recorder).update, smooth_loss=recorder.smooth_loss)
-            vars(recorder).update(smooth_loss=SmoothLoss(recorder.smooth_loss.beta))
+            stack.enter_context(replaced(recorder.smooth_loss, '__class__', SmoothLoss))
             if progress := getattr(learn, 'progress', None):  # its bar would show the loss, and so wait for it
                 vars(progress)['after_batch'] = lambda: progress.pbar.update(learn.iter + 1)
                 stack.callback(vars(progress).pop, 'after_batch', None)
-        stack.callback(lambda: isinstance(learn.opt, OptimWrapper) and match_layout(learn.opt.opt))
+        stack.callback(lambda: match_layout(learn.opt))
         stack.enter_context(fast_layout(learn))
-        stack.enter_context(learn.added_cbs(cbs))
+        stack.enter_context(learn.added_cbs(guard := CUDAGraph() if graph else Guard()))
         try: yield learn
         except BaseException:
-            for cb in cbs: cb.clean_up()
+            guard.clean_up()
             raise
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """`precision`, with 'auto' resolved for `device`: 'bf16' if the hardware supports it natively, 'fp16' on older CUDA
     GPUs, else 'fp32'. Raises `InputError` for one that does not exist there."""
-    if precision not in PRECISIONS: raise InputError(f'--precision {precision} is not one of {", ".join(PRECISIONS)}')
-    if precision == 'fp16' and device.type != 'cuda' or precision == 'bf16' and device.type not in ('cpu', 'cuda'):
-        needed = 'a CUDA GPU or a CPU' if precision == 'bf16' else 'a CUDA GPU'
-        raise InputError(f'--precision {precision} needs {needed}, not "{device.type}"')
+    devices = dict(fp16=['cuda'], bf16=['cuda', 'cpu']).get(precision, [device.type])
+    if device.type not in devices:
+        raise InputError(f'--precision {precision} needs {" or ".join(devices)}, not "{device.type}"')
     if precision != 'auto': return precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
     native = torch.cpu.get_capabilities().get('amx_bf16') or torch.cpu.get_capabilities().get('avx512_bf16')

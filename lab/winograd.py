@@ -19,12 +19,8 @@ def evaluate(k: int) -> Tensor:
     return torch.cat([powers, torch.eye(k, dtype=torch.float64)[-1:]])
 
 
-RESULT, WEIGHT, PIXELS = evaluate(4), evaluate(3), evaluate(6).inverse().T  # the paper's A, G and Bᵀ
-
-
-def convolve_tile(tile: Tensor, weight: Tensor) -> Tensor:
-    """What this file computes, as the paper has it: tile (C, 6, 6), weight (C', C, 3, 3) → (C', 4, 4), all float64."""
-    return RESULT.T @ ((WEIGHT @ weight @ WEIGHT.T) * (PIXELS @ tile @ PIXELS.T)).sum(1) @ RESULT
+# The paper's A, G and Bᵀ: a tile's result is RESULTᵀ·Σ(WEIGHT·weight·WEIGHTᵀ ∘ PIXELS·tile·PIXELSᵀ)·RESULT.
+RESULT, WEIGHT, PIXELS = evaluate(4), evaluate(3), evaluate(6).inverse().T
 
 
 def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tensor:
@@ -119,26 +115,23 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, weight), (wants_x, wants_weight) = ctx.saved_tensors, ctx.needs_input_grad
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
         x, u = nhwc(x), transform_weight(weight).transpose(0, 1)
         grad_x, grad_u = torch.empty_like(x), u.new_zeros(u.shape)
         for c, x_part, grad_part, grad_x_part in in_chunks(len(weight), x, nhwc(grad), grad_x):
             c.result_tiles.copy_(in_tiles(grad_part))
             transform(c.from_result, c.result, out=c.y)
-            if wants_weight:
-                c.read(x_part)
-                grad_u.baddbmm_(c.y_by_tile.transpose(1, 2), c.x_by_tile)
-            if wants_x:
-                torch.bmm(c.y_by_tile, u, out=c.x_by_point)
-                c.write_gradient(grad_x_part)
+            c.read(x_part)
+            grad_u.baddbmm_(c.y_by_tile.transpose(1, 2), c.x_by_tile)
+            torch.bmm(c.y_by_tile, u, out=c.x_by_point)
+            c.write_gradient(grad_x_part)
         grad_weight = transform(torch.kron(WEIGHT, WEIGHT).to(x).T, grad_u.transpose(0, 1)).view(len(weight), 3, 3, -1)
-        grads = grad_x.permute(0, 3, 1, 2), grad_weight.permute(0, 3, 1, 2)
-        return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True))
+        return grad_x.permute(0, 3, 1, 2), grad_weight.permute(0, 3, 1, 2)
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3×3 convolution that `fits_winograd`: (N, C, H, W) → (N, C', H, W), as `nn.Conv2d`, in channels-last memory.
+    """A 3×3 convolution of `MIN_CHANNELS` or more: (N, C, H, W) → (N, C', H, W) in channels-last memory.
 
     Direct, as ever, for what it is not made for: other than float32 on a CPU, autocast, sides that are no multiples of
     four, very few pixels; and where products may be rounded further: transformed ones would lose most of their digits.
@@ -157,8 +150,3 @@ def is_plain_3x3(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and module.bias is None and (
         (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
         == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
-
-
-def fits_winograd(module: nn.Module) -> bool:
-    """Whether `WinogradConv2d` computes what the convolution `module` does, and sooner."""
-    return is_plain_3x3(module) and min(module.weight.shape[:2]) >= MIN_CHANNELS

@@ -1,54 +1,52 @@
-"""`tests/narrow.py` for one process of several: it leaves in the folder WATCH what the process saw and ended with.
+"""One process of several, with a narrow network and no figures: killed at batch DIES, resumed, and looked at.
 
-Nothing is drawn, and images stay as they are. With DIES set, it is killed at that batch.
+It leaves beside the run's folder what it saw of the resumed part, and what it ended with. Images stay as they are.
 """
 import os
 import signal
-from pathlib import Path
+import sys
 
 import narrow  # noqa: F401, the narrow network
 import torch
 from fastai.distributed import DistributedDL
-from fastai.vision.all import Pipeline
+from fastai.vision.all import num_distrib, rank_distrib
 
 import train_fastai
 from lab import results
-from lab.loader import Augmentation
 
-seen, draws, learners = [], [], []
-
-
-class Watch(Augmentation):
-    """In place of the augmentations: keeps the images, and a draw as an augmentation makes it."""
-
-    def augment(self, x: torch.Tensor) -> torch.Tensor:
-        if hasattr(learners[0], 'lr_finder'): return x
-        seen.append(x.clone())
-        draws.append(torch.randint(2**40, ()).item())
-        if os.environ.get('DIES') == str(len(seen)): os.kill(os.getpid(), signal.SIGKILL)
-        return x
+dies, seen, draws = int(os.environ['DIES']), [], []
 
 
-def get_watched(dls, *args, **kwargs):
-    learn = get_learner(dls, *args, **kwargs)
-    learners.append(learn)
-    dls.train.after_item = Pipeline([Watch()], split_idx=0)
-    return learn
+def watch(self, x: torch.Tensor) -> torch.Tensor:
+    """In place of an augmentation: keeps the images, and a draw as an augmentation makes it."""
+    if num_distrib() < 2: return x  # the finder's
+    seen.append(x.clone())
+    draws.append(torch.randint(2**40, ()).item())
+    if len(seen) == dies: os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+def keep(run, learn):
+    save_results(run, learn)
+    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws),
+               run.folder.parent/f'{rank_distrib()}.pth')
 
 
 def broadcast(self, order: list[int], rank: int) -> list[int]:
     """fastai's own does this on a GPU."""
-    order = torch.tensor(order)
-    torch.distributed.broadcast(order, rank)
+    torch.distributed.broadcast(order := torch.tensor(order), rank)
     return order.tolist()
 
 
-get_learner, train_fastai.get_learner = train_fastai.get_learner, get_watched
+save_results, train_fastai.save_results = train_fastai.save_results, keep
+train_fastai.PadCrop.augment = watch
+train_fastai.FlipLR.augment = train_fastai.Cutout.augment = lambda self, x: x
 results.save_figure = lambda *_: None
 DistributedDL._broadcast = broadcast
 
 if __name__ == '__main__':
-    train_fastai.main()
-    learn = learners[0]
-    torch.save(dict(weights=learn.model.state_dict(), schedule=learn.history.schedule, seen=seen, draws=draws),
-               Path(os.environ['WATCH'])/f'{os.environ.get("RANK", 0)}.pth')
+    if not (child := os.fork()): train_fastai.main()
+    _, status = os.waitpid(child, 0)
+    if not rank_distrib(): print(f'Ended by signal {status}', flush=True)
+    dies, os.environ['TORCHELASTIC_RESTART_COUNT'] = 0, '1'  # as torchrun has it when it starts processes again
+    train_fastai.main(['--resume', sys.argv[sys.argv.index('--out') + 1]])

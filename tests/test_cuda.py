@@ -3,22 +3,12 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
-from types import MethodType
 
 import pytest
 import torch
 from conftest import ROOT, Interrupt, args, disturbed, interrupt, make_folder
-from fastai.vision.all import (
-    AvgSmoothLoss,
-    Callback,
-    ClassificationInterpretation,
-    MixedPrecision,
-    Transform,
-    default_device,
-    first,
-    get_image_files,
-    set_seed,
-)
+from fastai.vision import all as fv
+from fastai.vision.all import Callback, ClassificationInterpretation, default_device, set_seed
 from torch.nn import functional as F
 
 import predict
@@ -71,7 +61,7 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
     scaler = dict(load_state(tmp_path/'run/checkpoint.pth')['callbacks'])['mixed_precision']
     assert scaler['scale'] > 1
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(MixedPrecision, 'before_train', look, raising=False)
+        m.setattr(fv.MixedPrecision, 'before_train', look, raising=False)
         main(args(resume=tmp_path/'run'))
     assert scales == [scaler['scale']], 'of the last epoch'
     assert json.loads((tmp_path/'run/metrics.json').read_text())['precision'] == 'fp16'
@@ -82,14 +72,14 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
 def test_both_ways_to_make_batches_end_on_the_gpu(path, item_by_item):
     dls = get_dls(path, bs=16)
     for dl in dls:
-        if item_by_item: dl.after_item.add(Transform(lambda x: x))
+        if item_by_item: dl.after_item.add(fv.Transform(lambda x: x))
         assert dl.makes_whole_batches != item_by_item
-        x, y = first(dl)
+        x, y = fv.first(dl)
         assert (x.device.type, y.device.type, x.shape[1:], x.dtype) == ('cuda', 'cuda', (3, 32, 32), torch.float32)
 
 
 def test_a_run_of_the_gpu_is_used_on_both(run, path, on_the_cpu):
-    file = get_image_files(path/'test').sorted()[0]
+    file = fv.get_image_files(path/'test').sorted()[0]
     learn = load_run(run, path)
     assert next(learn.model.parameters()).device.type == learn.dls.device.type == 'cpu'
     found = learn.predict(file)
@@ -177,7 +167,7 @@ def test_ctrl_c_in_fast_leaves_nothing(path, tmp_path, precision):
     assert not torch.is_autocast_enabled('cuda')
     assert 'forward' not in vars(learn.model)
     assert 'after_batch' not in vars(learn.progress)
-    assert type(learn.recorder.smooth_loss) is AvgSmoothLoss
+    assert type(learn.recorder.smooth_loss) is fv.AvgSmoothLoss
     assert all(p.is_contiguous() for p in learn.model.parameters())
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt), fast(learn), learn.added_cbs(Interrupt()): learn.lr_find(show_plot=False)
@@ -187,18 +177,6 @@ def test_ctrl_c_in_fast_leaves_nothing(path, tmp_path, precision):
     assert learn.validate()[0] < 2
 
 
-def test_a_forward_of_the_users_own_is_used_and_stays(path, tmp_path):
-    calls = []
-    def forward(self, x):
-        calls.append(len(x))
-        return type(self).forward(self, x)
-    learn = get_learner(get_dls(path, bs=16), path=tmp_path)
-    learn.model.forward = own = MethodType(forward, learn.model)
-    with fast(learn): learn.fit(2, 1e-3)
-    assert learn.model.forward is own
-    assert calls == 2 * (12 * [16] + 3 * [16]), 'of every batch'
-
-
 def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
     class Break(Callback):
         def before_batch(self):
@@ -206,13 +184,3 @@ def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
     learn = get_learner(get_dls(path, bs=16), path=tmp_path, ema=0)
     with pytest.raises(RunError, match='not finite at batch 8 of 12 of epoch 2'), fast(learn):
         learn.fit_one_cycle(3, 1e-3, cbs=Break())
-
-
-def test_fp16_scales_the_loss(path, tmp_path):
-    learn, losses = get_learner(get_dls(path, bs=16), precision='fp16', path=tmp_path), []
-    class Spy(Callback):
-        order = MixedPrecision.order + 1
-        def before_backward(self): losses.append((self.loss_grad / self.loss).item())
-    with fast(learn): learn.fit_one_cycle(1, 1e-3, cbs=Spy())
-    assert losses[0] == 65536
-    assert learn.validate()[0] < 2

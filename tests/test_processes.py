@@ -1,6 +1,7 @@
 """A run in two processes on the CPU, as `accelerate launch` starts them, beside the same run in one."""
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,20 +14,11 @@ from torch import nn
 import train_fastai
 from lab import runs
 from lab.errors import InputError
-from lab.processes import on_first
 from train_fastai import Options, get_dls, get_learner, main
 
 BS, BATCHES, IMAGES = 16, 3, 51
 OPTIONS = dict(epochs=2, bs=BS, precision='fp32')
 LAUNCH = '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0'
-
-
-def launch(watch, **options) -> subprocess.CompletedProcess:
-    """Runs tests/ranks.py in two processes, which leave what they saw in the folder `watch`."""
-    dies = options.pop('dies', '')
-    return subprocess.run([sys.executable, *LAUNCH, str(ROOT/'tests/ranks.py'), *args(**options)], capture_output=True,
-                          text=True, timeout=300, env=os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1',
-                                                                        WATCH=str(watch), DIES=str(dies)))
 
 
 @pytest.fixture(scope='module')
@@ -39,42 +31,38 @@ def images(tmp_path_factory):
 def two(images, tmp_path_factory):
     """A run in two processes that are killed in the second epoch, and resumed: its folder, and what both said."""
     out = tmp_path_factory.mktemp('runs')/'two'
-    died = launch(out.parent, data=images, out=out, **OPTIONS, dies=BATCHES + 2)
-    resumed = launch(out.parent, resume=out)
-    assert resumed.returncode == 0, resumed.stderr
-    return out, died, resumed
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', DIES=str(BATCHES + 2))
+    done = subprocess.run([sys.executable, *LAUNCH, str(ROOT/'tests/ranks.py'), *args(data=images, out=out, **OPTIONS)],
+                          capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return out, *done.stdout.split(f'Ended by signal {signal.SIGKILL}')
 
 
-@pytest.fixture(scope='module')
-def ranks(two) -> list[dict]:
-    """What each process saw of the second epoch."""
+def see(two) -> list[dict]:
+    """What each process saw of the second epoch, and what it ended with."""
     return [torch.load(two[0].parent/f'{rank}.pth', weights_only=True) for rank in (0, 1)]
 
 
 def test_first_process_alone_prints(two):
-    out, died, resumed = two
-    assert died.returncode != 0
-    assert resumed.stdout.splitlines()[-1] == f'Results: {out}'
-    assert ' 2 × cpu' in died.stdout
-    assert [died.stdout.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == [1, 1, 1, 0]
-    assert [resumed.stdout.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == [1, 0, 0, 1]
+    out, killed, resumed = two
+    assert resumed.splitlines()[-1] == f'Results: {out}'
+    assert ' 2 × cpu' in killed
+    for said, counts in ((killed, [1, 1, 1, 0]), (resumed, [1, 0, 0, 1])):
+        assert [said.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == counts
 
 
-def test_both_processes_end_with_the_same_weights(two, ranks):
-    first, second = (o['weights'] for o in ranks)
+def test_both_processes_share_rates_and_end_with_equal_weights(two):
+    first, second = see(two)
     kept = torch.load(two[0]/'model.pth', weights_only=True)
-    assert kept.keys() == first.keys() == second.keys()
-    assert all(kept[k].equal(first[k]) and kept[k].equal(second[k]) for k in kept)
-
-
-def test_both_processes_use_the_rates_that_the_first_finds(two, ranks):
-    first, second = (o['schedule'] for o in ranks)
-    assert first == second == pd.read_csv(two[0]/'schedule.csv').to_dict('records')
-    assert len(first) == 2 * BATCHES
+    assert kept.keys() == first['weights'].keys() == second['weights'].keys()
+    assert all(v.equal(o['weights'][k]) for k, v in kept.items() for o in (first, second))
+    assert first['schedule'] == second['schedule'] == pd.read_csv(two[0]/'schedule.csv').to_dict('records')
+    assert len(first['schedule']) == 2 * BATCHES
     assert len(pd.read_csv(two[0]/'lr_find.csv')) > 50
 
 
-def test_an_epoch_has_every_image_once_augmented_anew(ranks):
+def test_an_epoch_has_every_image_once_augmented_anew(two):
+    ranks = see(two)
     assert all(len(o['seen']) == BATCHES and {len(x) for x in o['seen']} == {BS // 2} for o in ranks)
     assert len({x.numpy().tobytes() for o in ranks for x in torch.cat(o['seen'])}) == BATCHES * BS
     assert len({draw for o in ranks for draw in o['draws']}) == 2 * BATCHES
@@ -90,17 +78,15 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super().forward(x[:half]), second])
 
 
-def test_two_processes_learn_as_one_from_the_whole_batch(two, ranks, images, tmp_path, monkeypatch, no_pictures):
-    def order() -> list[int]:
-        """Each batch is what the two processes see at the same time."""
-        idxs, half, part = [*map(int, DataLoader.get_idxs(dl))], BS // 2, (IMAGES + 1) // 2
-        return [o for i in range(0, BATCHES * half, half) for start in (0, part) for o in idxs[start + i:][:half]]
+def test_two_processes_learn_as_one_from_the_whole_batch(two, images, tmp_path, monkeypatch, no_pictures):
     def get(dls, **kwargs):
-        nonlocal dl
-        dl = dls.train
-        dl.get_idxs = order
+        idxs, half, part = dls.train.get_idxs, BS // 2, (IMAGES + 1) // 2
+        def order() -> list[int]:
+            """Each batch is what the two processes see at the same time."""
+            found = [*map(int, idxs())]
+            return [o for i in range(0, BATCHES * half, half) for start in (0, part) for o in found[start + i:][:half]]
+        dls.train.get_idxs = order
         return get_learner(dls, **kwargs)
-    DataLoader, dl = get_dls.__globals__['DataLoader'], None
     monkeypatch.setattr(train_fastai, 'get_learner', get)
     monkeypatch.setattr(nn, 'BatchNorm2d', GhostBatchNorm2d)
     monkeypatch.setattr(train_fastai, 'get_dls', lambda **kwargs: get_dls(**kwargs, item_tfms=[]))
@@ -117,6 +103,3 @@ def test_a_batch_that_cannot_be_shared_out(monkeypatch):
     monkeypatch.setattr(runs, 'num_distrib', lambda: 2)
     with pytest.raises(InputError, match='--bs 15 is not a multiple of 2, the number of processes'):
         runs.Run(Options(bs=15), {'bs'})
-
-
-def test_one_process_does_it_itself(): assert on_first(max, 1, 2) == 2
