@@ -102,6 +102,9 @@ def fast_layout(learn: Learner):
         if memory_format and device in ('cpu', 'cuda'):
             for m in model.modules() if device == 'cpu' else ():
                 stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
+            direct = torch.get_float32_matmul_precision() != 'highest'
+            if direct and any(type(m) is WinogradConv2d for m in model.modules()):
+                print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
             stack.callback(model.to, memory_format=torch.contiguous_format)
             model.to(memory_format=memory_format)
         yield

@@ -19,8 +19,12 @@ def evaluate(k: int) -> Tensor:
     return torch.cat([powers, torch.eye(k, dtype=torch.float64)[-1:]])
 
 
-# The paper's A, G and Bᵀ: a tile's result is RESULTᵀ·Σ(WEIGHT·weight·WEIGHTᵀ ∘ PIXELS·tile·PIXELSᵀ)·RESULT.
-RESULT, WEIGHT, PIXELS = evaluate(4), evaluate(3), evaluate(6).inverse().T
+RESULT, WEIGHT, PIXELS = evaluate(4), evaluate(3), evaluate(6).inverse().T  # the paper's A, G and Bᵀ
+
+
+def convolve_tile(tile: Tensor, weight: Tensor) -> Tensor:
+    """What this file computes, as the paper has it: tile (C, 6, 6), weight (C', C, 3, 3) → (C', 4, 4), all float64."""
+    return RESULT.T @ ((WEIGHT @ weight @ WEIGHT.T) * (PIXELS @ tile @ PIXELS.T)).sum(1) @ RESULT
 
 
 def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tensor:

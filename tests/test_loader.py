@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import end, ends, make_folder
+from conftest import end, make_folder
 from fastai.vision.all import PILImage, RandTransform, TensorImage, TfmdDL, ToTensor, Transform, cifar_stats
 from PIL import Image
 

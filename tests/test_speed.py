@@ -330,3 +330,10 @@ def test_the_network_inside_another():
     network = nn.Linear(2, 2)
     for wrap in (nn.DataParallel, torch.compile, lambda m: torch.compile(nn.DataParallel(m))):
         assert unwrap(wrap(network)) is network
+
+
+def test_rounded_products_keep_convolutions_direct_and_say_so(dls, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
+    for precision, said in (('fp32', 1), ('bf16', 0)):
+        with fast(get_learner(dls, precision=precision, path=tmp_path)): pass
+        assert capsys.readouterr().out.count('Convolutions stay direct') == said
