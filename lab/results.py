@@ -22,7 +22,7 @@ def save_figure(run: Run, name: str, draw: Callable, *args):
     if rank_distrib(): return
     with nonfatal(run.folder/name):
         fig = draw(*args)
-        if run.options.quick: fig.text(0.995, 0.005, 'a quick look', ha='right', color='gray')
+        if run.options.quick: fig.text(0.995, 0, 'a quick look', ha='right', va='top', color='gray')
         fig.savefig(content := io.BytesIO(), dpi=120, bbox_inches='tight')
         atomic_write(run.folder/name, content.getvalue())
     plt.close('all')
