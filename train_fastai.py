@@ -162,9 +162,8 @@ def experiment(run: Run):
         if run.lrs: lr_min, lr_max = run.lrs  # given, or found before an interruption
         else:
             print('Finding the learning rates …', flush=True)
-            start = time.perf_counter()
             lr_min, lr_max = on_first(find_lrs, learn)
-            save_finder(run, learn, lr_min, lr_max, time.perf_counter() - start)
+            save_finder(run, learn, lr_min, lr_max)
         print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 
         # fastai's div and div_final both divide LRMAX; with div_final=1 the rate would stay at LRMAX for 19 epochs.

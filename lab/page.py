@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lab.report import render
+from lab.report import TEMPLATES
 
 COLUMNS = 16  # of a sheet, a square of thumbnails; a browser is slow to show part of a large image
 
@@ -39,6 +39,7 @@ def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tens
     data = dict(classes=names, right=right.tolist(), matrix=len(names) <= 50, cells=cells.values.tolist(),
                 wrong=[[*row, round(p, 4), round(min(loss, 1e4), 4)] for *row, p, loss in rows.itertuples(index=False)],
                 maps=maps is not None and [*maps.shape[2:], encode((255 * maps).round().byte().numpy())])
-    charts = {file.stem: encode(file.read_bytes()) for file in folder.glob('*.png')}
-    return render('page.html', autoescape=True, m=m, data=data, columns=COLUMNS, few=len(names) <= 12, charts=charts,
-                  sheets=[encode(draw_sheet(part)) for part in images.split(COLUMNS ** 2)])
+    return TEMPLATES.get_template('page.html').render(
+        m=m, data=data, columns=COLUMNS, few=len(names) <= 12,
+        sheets=[encode(draw_sheet(part)) for part in images.split(COLUMNS ** 2)],
+        charts={file.stem: encode(file.read_bytes()) for file in folder.glob('*.png')})

@@ -23,12 +23,9 @@ def format_rate(lr: float) -> str:
     return f'{digits}·10{str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))}'
 
 
-def render(name: str, autoescape: bool = False, **values) -> str:
-    """The template `name` of this folder, filled in with `values`."""
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
-                             undefined=jinja2.StrictUndefined, autoescape=autoescape)
-    env.filters |= dict(percent=percent, md=escape, rate=format_rate)
-    return env.get_template(name).render(values)
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
+                               undefined=jinja2.StrictUndefined, autoescape=jinja2.select_autoescape())  # in HTML
+TEMPLATES.filters |= dict(percent=percent, md=escape, rate=format_rate)
 
 
 def write_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: pd.DataFrame,
@@ -38,6 +35,6 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
     The others are the contents of its metrics.json, history.csv, schedule.csv, misclassified.csv and classes.csv.
     """
     confused = wrong.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(3, 'images')
-    return render('report.md', m=m, o=m['options'], recipe=m['recipe'], command=command, history=history,
-                  schedule=schedule, wrong=len(wrong), classes=classes.to_dict('records'),
-                  confused=confused.to_dict('records'))
+    return TEMPLATES.get_template('report.md').render(
+        m=m, o=m['options'], recipe=m['recipe'], command=command, history=history, schedule=schedule, wrong=len(wrong),
+        classes=classes.to_dict('records'), confused=confused.to_dict('records'))

@@ -11,7 +11,7 @@ from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.page import write_page
 from lab.report import percent, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, forecast, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, nonfatal, save_csv, save_state
 from lab.speed import device_name, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -70,16 +70,11 @@ def describe(run: Run, learn: Learner):
     if not show_progress(): learn.remove_cb(ProgressCallback).logger = log  # a line an epoch for a log file
 
 
-def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds: float):
-    """Write the finder's curve, as a table and as a figure that marks the two rates used, and what a fit will take.
-
-    `seconds` are those that the finder took; forward passes alone, as in a test, take about a third.
-    """
+def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float):
+    """Write the finder's curve, as a table and as a figure that marks the two rates used."""
     if rank_distrib(): return
     if show_progress(): print()  # the finder stops within an epoch, and its bar stays
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
-    batches = run.options.epochs * (len(learn.dls.train) + len(learn.dls.valid) / 3)
-    forecast(run.options.epochs, batches * seconds / len(curve))
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 

@@ -118,12 +118,12 @@ class Checkpoint(TrainingCallback):
 
     Stored are `header`, weights, gradients that an accumulation left, the optimizer, and every callback's state.
     Randomness needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done,
-    a fit or epochs of it, and no other callback hears of that. With `tell` it says what is left after one epoch.
+    a fit or epochs of it, and no other callback hears of that. After one epoch it says how long the rest will take.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, run: 'Run', header: dict, tell: bool):
-        self.of, self.header, self.tell, self.fits = run, header, tell, 0
+    def __init__(self, run: 'Run', header: dict):
+        self.of, self.header, self.tell, self.fits = run, header, True, 0
 
     @property
     def others(self) -> L:
@@ -339,11 +339,11 @@ class Run:
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, which uses these learning rates. Raises `InputError`."""
-        tell, self.lrs = self.lrs is not None, (lr_min, lr_max)  # else the finder has told it
+        self.lrs = lr_min, lr_max
         check_options(dataclasses.replace(self.options, lr_min=lr_min, lr_max=lr_max))
         header = dict(lrs=self.lrs, precision=self.precision, fingerprint=self.fingerprint,
                       options=vars(self.options) | dict(resume=None))
-        self.saver = self.saver or Checkpoint(self, header, tell)
+        self.saver = self.saver or Checkpoint(self, header)
         return self.saver  # one for all fits, which it counts
 
     def seconds(self) -> float:
