@@ -3,7 +3,6 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from conftest import one_cycle
 from matplotlib.colors import same_color
@@ -18,12 +17,6 @@ LOSSES = [3 - min(1, i / 50) + max(0, i - 60) for i in range(75)]
 HISTORY = [dict(epoch=i, train_loss=2 / i, train_accuracy=1 - 0.6 / i, test_loss=2.2 / i, test_accuracy=0.92 - 0.5 / i)
            for i in range(1, 25)]
 SCHEDULE = [dict(batch=i + 1, lr=one_cycle(i, 240, 1e-4, 2e-3), momentum=0.9) for i in range(240)]
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    plt.close('all')
 
 
 def texts(fig) -> list[str]:
