@@ -56,7 +56,7 @@ COLUMNS = [*KEY, 'train_images', 'test_images', 'lr_min', 'lr_max', 'div_final',
 def load_results(folder: Path) -> pd.DataFrame:
     """The rows of `results.csv` in `folder`. Raises `InputError` for a table with other columns."""
     file = folder/'results.csv'
-    results = pd.read_csv(file, dtype=dict(torch=str)) if file.exists() else pd.DataFrame(columns=COLUMNS)
+    results = pd.read_csv(file, dtype=dict(torch=str, commit=str)) if file.exists() else pd.DataFrame(columns=COLUMNS)
     if [*results.columns] != COLUMNS: raise InputError(f'{file} has other columns than this version writes')
     return results
 

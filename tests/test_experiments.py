@@ -44,8 +44,8 @@ def test_every_recipe_is_another_and_adds_its_row_once(options, tmp_path):
     assert runs.commit.notna().all()
     assert [f.name for f in options['out'].iterdir()] == ['results.csv']
     repeat.main('ingredients', arms='default', seeds='2', **options)
-    repeat.main('test', arms='default', seeds='1,2', **options)
-    assert [*load_results(options['out']).train_images[len(arms):]] == [60, 60], 'repeated, or without all images'
+    repeat.main('test', arms='default', seeds='2', **options)
+    assert [*load_results(options['out']).train_images[len(arms):]] == [60], 'repeated, or without all images'
 
 
 def test_seeds_are_runs_of_train_fastai_and_go_on(options, no_pictures, monkeypatch, capsys):
@@ -78,13 +78,13 @@ def test_what_cannot_be_repeated_is_one_line(options, capsys):
 def test_the_tables_of_results(tmp_path):
     rows = [dict(table=t, arm=arm, seed=seed, epochs=24, batch_size=512, every=1, train_images=50_000, lr_min=1e-4,
                  lr_max=2e-3, ema=0.99, accuracy=a, accuracy_flip=a, train_accuracy=0.98, first_epoch_over_90=9,
-                 device=f'cpu, X, {seed} threads', torch='2.14.1+cpu', commit='abc')
+                 device=f'cpu, X, {seed} threads', torch='2.14.1+cpu', commit='2e50512')
             for t, arm, seed, a in (('seeds', 'experiment', 1, 0.94), ('seeds', 'experiment', 2, 0.93),
                                     ('test', 'default', 1, 0.94), ('test', 'wd-0.2', 1, 0.95),
                                     ('test', 'wd-0.2', 2, 0.97))]
     for row in rows: repeat.add_row(tmp_path, row)
     seeds, test = (tabulate(load_results(tmp_path), name).splitlines() for name in ('seeds', 'test'))
-    assert seeds[4] == '| 1 | 1.00e-04 | 2.00e-03 | 98.00 % | 94.00 % | 94.00 % | 9 | abc |'
+    assert seeds[4] == '| 1 | 1.00e-04 | 2.00e-03 | 98.00 % | 94.00 % | 94.00 % | 9 | 2e50512 |'
     assert seeds[6] == '| mean ± sd, n = 2 |  |  | 98.00 ± 0.00 % | 93.50 ± 0.71 % | 93.50 ± 0.71 % |  |  |'
     assert seeds[8] == 'At least 94 %: 1 of 2.'
     assert test[5] == ('| wd-0.2 | average, decay 0.99 | 1, 2 | 2.00e-03 | 98.00 ± 0.00 % | 96.00 ± 1.41 % | 1.00 '
