@@ -56,7 +56,8 @@ def describe_recipe(learn: Learner) -> dict:
 def find_commit() -> str | None:
     """The commit of the program, with a + if files of it were changed, or None where that is not known."""
     with contextlib.suppress(OSError):  # no git, or not its folder
-        return run('git', '-C', str(Path(__file__).parent), 'describe', '--always', '--exclude=*', '--dirty=+')
+        return run(['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--exclude=*', '--dirty=+'],
+                   stderr=False)
 
 
 def describe(run: Run, learn: Learner):
