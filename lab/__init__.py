@@ -1,21 +1,12 @@
-"""The machinery behind the experiment. Nobody has to open it to change the recipe.
+"""The machinery behind the experiment. Nobody has to open it to change the recipe; nothing in it imports the recipe.
 
-    errors      one line and an exit code when something goes wrong
-    loader      files → pixels → whole batches
-    sources     where the images come from
-    optim       loss and optimizer
-    winograd    3×3 convolutions in float32 on a CPU
-    speed       `fast`, and precision
-    processes   several processes, one for each GPU
-    runs        the folder of a run: options, lock, atomic writes, checkpoint, resume
-    evaluate    predictions, confusion matrix, scores of the classes, misclassified images
-    figures     one function per figure
-    gradcam     where the network looked
-    report      a run as one page of Markdown (report.md)
-    page        every misclassified image on one page of HTML (page.html)
-    results     what a run writes beside its checkpoint
-
-Imports go one way: nothing here imports the experiment, its callbacks or its network.
+    errors, processes             a line and an exit code for what goes wrong; several processes, one for each GPU
+    sources, loader               where the images come from; files → pixels → whole batches
+    optim, speed, winograd        loss and optimizer; `fast`, and precision; 3×3 convolutions in float32 on a CPU
+    runs                          the folder of a run: options, lock, atomic writes, checkpoint, resume
+    evaluate, gradcam             predictions, scores of the classes, misclassified images; where the network looked
+    figures, report, page         one function a figure; a run as one page (report.md); every error (errors.html)
+    results                       what a run writes beside its checkpoint
 """
 import warnings
 

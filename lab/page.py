@@ -3,16 +3,14 @@ import base64
 import io
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lab.report import percent
+from lab.report import TEMPLATES
 
 COLUMNS = 16  # of a sheet, a square of thumbnails; a browser is slow to show part of a large image
-MATRIX = 50  # classes, beyond which the page lists the cells of the confusion matrix that have errors
 
 
 def encode(content: bytes) -> str: return base64.b64encode(content).decode()
@@ -26,24 +24,22 @@ def draw_sheet(images: Tensor) -> bytes:
     return content.getvalue()
 
 
-def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tensor, charts: dict[str, bytes],
+def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tensor, folder: Path,
                maps: Tensor | None = None) -> str:
     """The page as HTML, from the template page.html.
 
-    `m` is the run's metrics.json, `wrong` misclassified.csv, `classes` classes.csv; `images` (N, 3, H, W) uint8 are
-    those of `wrong`; `charts` are PNG files by title; `maps` (N, 2, h, w) float in 0 … 1 show where the network looked
-    for the predicted and for the actual class.
+    `m`, `wrong` and `classes` are the run's metrics.json, misclassified.csv and classes.csv, and its `folder` has the
+    charts; `images` (N, 3, H, W) uint8 are those of `wrong`; `maps` (N, 2, h, w) float in 0 … 1 show where the network
+    looked for the predicted and for the actual class.
     """
-    place = {name: i for i, name in enumerate(classes['class'])}
-    rows = wrong.assign(actual=wrong.actual.map(place), predicted=wrong.predicted.map(place))
+    names = [*classes['class']]
+    rows = wrong.assign(actual=wrong.actual.map(names.index), predicted=wrong.predicted.map(names.index))
     cells = rows.groupby(['actual', 'predicted']).size().sort_values(ascending=False, kind='stable').reset_index()
     right = classes['images'] - rows.actual.value_counts().reindex(classes.index, fill_value=0)
-    data = dict(classes=list(place), right=right.tolist(), matrix=len(place) <= MATRIX, cells=cells.values.tolist(),
+    data = dict(classes=names, right=right.tolist(), matrix=len(names) <= 50, cells=cells.values.tolist(),
                 wrong=[[*row, round(p, 4), round(min(loss, 1e4), 4)] for *row, p, loss in rows.itertuples(index=False)],
                 maps=maps is not None and [*maps.shape[2:], encode((255 * maps).round().byte().numpy())])
-    template = jinja2.Template(Path(__file__).with_suffix('.html').read_text('utf-8'), autoescape=True,
-                               trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return template.render(
-        m=m, data=data, accuracy=percent(m['test_accuracy'], 2), columns=COLUMNS, few=len(place) <= 12,
+    return TEMPLATES.get_template('page.html').render(
+        m=m, data=data, columns=COLUMNS, few=len(names) <= 12,
         sheets=[encode(draw_sheet(part)) for part in images.split(COLUMNS ** 2)],
-        charts={title: encode(png) for title, png in charts.items()})
+        charts={file.stem: encode(file.read_bytes()) for file in folder.glob('*.png')})

@@ -103,11 +103,11 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of that. With `tell` it says what is left after one epoch.
+    epochs of it, and no other callback hears of that. After one epoch it says how long the rest will take.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, run: 'Run', tell: bool): self.of, self.tell, self.fits = run, tell, 0
+    def __init__(self, run: 'Run'): self.of, self.fits, self.told = run, 0, False
 
     def others(self) -> list:
         """What has a state of its own: the other callbacks, and the smoothed loss, which a tracker may watch."""
@@ -135,8 +135,8 @@ class Checkpoint(TrainingCallback):
         for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
         if done <= self.skip: return
         self.save(done)
-        if self.tell and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
-        self.tell = False
+        if left and self.history.rows and not self.told: forecast(left, left * self.history.rows[-1]['seconds'])
+        self.told = True
 
     def after_cancel_fit(self): self.save_tables()
 
@@ -215,7 +215,8 @@ class Run:
     """
 
     def __init__(self, o, given: set[str] | None = None):
-        self.start, self.state, self.saver, self.stack = time.perf_counter(), {}, None, contextlib.ExitStack()
+        self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
+        self.saver = Checkpoint(self)  # one for all fits, which it counts
         self.bare = given is not None and given <= {'out'} and num_distrib() < 2
         refused = (given or set()) - {'data', 'resume'} if o.resume else (given or set()) & {*PLAIN} if o.plain else ()
         if refused:
@@ -292,9 +293,8 @@ class Run:
         self.check_free()  # another run may have come first
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
-        """The callback that saves the run, one for all its fits, and uses these rates. Raises `InputError`."""
+        """The callback that saves the run, one for all its fits, at these rates. Raises `InputError`."""
         check_options(dataclasses.replace(self.options, lr_min=lr_min, lr_max=lr_max))
-        self.saver = self.saver or Checkpoint(self, tell=self.lrs is not None)  # else the finder has told it
         self.lrs = lr_min, lr_max
         return self.saver
 

@@ -5,25 +5,21 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partialmethod
 from pathlib import Path
 
-import matplotlib
+os.environ['MPLBACKEND'] = 'Agg'  # also for the programs that tests start
+
 import numpy as np
 import pytest
 from fastai.vision.all import Callback, MixedPrecision
+from narrow import ROOT  # noqa: F401, for all; importing it gives networks an eighth of their width
 from PIL import Image
 
-from arch import ResNet
 from callbacks import SeedEpochs
 from lab import results
 from lab.sources import get_sample
 from train_fastai import get_dls, main
 
-matplotlib.use('Agg')
-os.environ['MPLBACKEND'] = 'Agg'  # for the programs that tests start
-
-ROOT = Path(__file__).parents[1]
 COLOURS = dict(blue=(40, 60, 200), green=(40, 180, 60), red=(200, 50, 40))
 
 
@@ -35,7 +31,7 @@ def make_folder(path: Path, train: int = 8, test: int = 4, seed: int = 0) -> Pat
             folder = path/split/name
             folder.mkdir(parents=True)
             for i in range(n):
-                pixels = np.clip(np.array(colour) + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype('uint8')
+                pixels = np.clip(colour + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype('uint8')
                 Image.fromarray(pixels).save(folder/f'{i}.png')
     return path
 
@@ -55,14 +51,6 @@ def fit(learn, epochs: int = 2, lr_end: float = LR_MIN, **kwargs):
     """Train as train_fastai.py does, from `LR_MIN` to `LR_MAX` to `lr_end`; returns `learn`."""
     learn.fit_one_cycle(epochs, LR_MAX, div=LR_MAX / LR_MIN, div_final=LR_MAX / lr_end, pct_start=5/24, **kwargs)
     return learn
-
-
-@pytest.fixture(scope='session', autouse=True)
-def _narrow():
-    """Networks have an eighth of their width in all tests that do not ask for another; see narrow.py for programs."""
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(ResNet, '__init__', partialmethod(ResNet.__init__, width=8))
-        yield
 
 
 def args(*given, **options) -> list[str]:
@@ -127,19 +115,17 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def permissions_bind():
-    """In this test permissions bind the superuser, too."""
-    if sys.platform != 'linux' or os.geteuid() != 0:
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # Linux's capabilities, version 3
-    assert libc.capget(header, sets) == 0
-    effective = sets[0]
-    sets[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-    assert libc.capset(header, sets) == 0
+    """In this test permissions bind Linux's superuser, too."""
+    def toggle():
+        if sys.platform != 'linux' or os.geteuid(): return
+        libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, sets) == 0
+        sets[0] ^= 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of the effective ones
+        assert libc.capset(header, sets) == 0
+
+    toggle()
     yield
-    sets[0] = effective
-    assert libc.capset(header, sets) == 0
+    toggle()
 
 
 @pytest.fixture(scope='session')
@@ -148,17 +134,10 @@ def sample() -> Path:
     return get_sample()
 
 
-def end(capsys, code: int, main, *given, **options) -> str:
-    """What `main`, which ends with the exit code `code` when it is called with these `args`, writes to stderr."""
+def ends(capsys, code: int, main, *given, **options) -> str:
+    """The one line on stderr with which `main` ends, after the program's name, with this exit code and these `args`."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: main(args(*given, **options))
     err = capsys.readouterr().err
-    assert e.value.code == code, err
-    return err
-
-
-def ends(capsys, code: int, main, *given, **options) -> str:
-    """The one line on stderr with which `main` ends, after the program's name."""
-    err = end(capsys, code, main, *given, **options)
-    assert err.count('\n') == 1, err
+    assert (e.value.code, err.count('\n')) == (code, 1), err
     return err.partition('.py: ')[2]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from lab.page import write_page
@@ -25,9 +26,9 @@ def make_page(names: list[str], n: int, maps: torch.Tensor | None = None, **metr
         file=[f'test/{names[a]}/{k}.png' for k, a in enumerate(actual)], actual=[names[a] for a in actual],
         predicted=[names[p] for p in predicted], probability=0.5 + i / (2 * n + 1), loss=[np.inf, *i[:0:-1] / 7][:n]))
     classes = pd.DataFrame({'class': names, 'images': 1000, 'recall': 0.9, 'precision': 0.9})
-    colours = torch.stack([torch.from_numpy(o) for o in (i % 251, i // 251 * 10, 100 + 0 * i)], 1).to(torch.uint8)
+    colours = torch.from_numpy(np.stack([i % 251, i // 251 * 10, 100 + 0 * i], 1)).to(torch.uint8)
     images = colours[:, :, None, None].expand(n, 3, 32, 32)
-    return write_page(METRICS | metrics, wrong, classes, images, {'Finder': b'png'}, maps), wrong, images
+    return write_page(METRICS | metrics, wrong, classes, images, ROOT/'docs/cifar10', maps), wrong, images
 
 
 def read_data(page: str) -> dict:
@@ -38,26 +39,34 @@ def read_data(page: str) -> dict:
 def test_it_needs_no_server_and_runs_no_names():
     page, *_ = make_page(NAMES, 12)
     assert "default-src 'none'; img-src data:" in page
-    assert 'http' not in page.replace('http-equiv', '')
-    assert [s[:11] for s in re.findall(r'(?:src="|url\()([^")]*)', page)] == ['data:image/'] * 2
+    assert '://' not in page
+    assert [s[:11] for s in re.findall(r'(?:src="|url\()([^")]*)', page)] == ['data:image/'] * 4
     assert page.count('<script') == 2
     assert '<b>' not in page
 
 
 def test_its_data_are_those_of_the_tables():
-    page, wrong, _ = make_page(['cat', 'dog', 'eel'], 7)
+    maps = torch.rand(7, 2, 4, 3)
+    page, wrong, _ = make_page(['cat', 'dog', 'eel'], 7, maps)
     data = read_data(page)
+    h, w, values = data['maps']
+    shown = np.frombuffer(base64.b64decode(values), np.uint8).reshape(7, 2, h, w)
+    np.testing.assert_allclose(shown / 255, maps, atol=0.002)
     assert data['classes'] == ['cat', 'dog', 'eel']
     assert data['right'] == [997, 998, 998]
-    assert [row[0] for row in data['wrong']] == list(wrong.file)
-    assert [row[1:3] for row in data['wrong']] == [[0, 1], [1, 2], [2, 0], [0, 2], [1, 0], [2, 1], [0, 1]]
-    assert [row[3] for row in data['wrong']] == pytest.approx(list(wrong.probability), abs=1e-4)
-    assert [row[4] for row in data['wrong']] == [1e4, 0.8571, 0.7143, 0.5714, 0.4286, 0.2857, 0.1429]  # no infinity
+    files, actual, predicted, probabilities, losses = zip(*data['wrong'], strict=True)
+    assert list(files) == list(wrong.file)
+    assert [*zip(actual, predicted, strict=True)] == [(0, 1), (1, 2), (2, 0), (0, 2), (1, 0), (2, 1), (0, 1)]
+    assert probabilities == pytest.approx(list(wrong.probability), abs=1e-4)
+    assert losses == (1e4, 0.8571, 0.7143, 0.5714, 0.4286, 0.2857, 0.1429)  # no infinity
     assert data['cells'] == [[0, 1, 2], [0, 2, 1], [1, 0, 1], [1, 2, 1], [2, 0, 1], [2, 1, 1]]
     assert '<h1>7 of 10,000 test images are misclassified </h1>' in page
     assert '92.73 % test accuracy after 24 epochs, seed 42.' in page
-    assert '<h1>1 of 10,000 test images is misclassified </h1>' in make_page(['cat', 'dog'], 1)[0]
-    assert '<span class="quick">quick look</span></h1>' in make_page(['cat', 'dog'], 0, options=dict(quick=True))[0]
+    assert 'Grad-CAM' in page
+    one, none = (make_page(['cat', 'dog'], n, options=dict(quick=True))[0] for n in (1, 0))
+    assert '<h1>1 of 10,000 test images is misclassified <span class="quick">quick look</span></h1>' in one
+    assert 'Grad-CAM' not in one
+    assert read_data(none)['right'] == [1000, 1000]
 
 
 def test_its_images_are_the_networks_pixel_by_pixel():
@@ -66,16 +75,6 @@ def test_its_images_are_the_networks_pixel_by_pixel():
               for o in re.findall(r'url\(data:image/webp;base64,(.*?)\)', page)]
     shown = np.concatenate(sheets).reshape(512, 32, 32, 3)
     assert (shown[:300] == images.permute(0, 2, 3, 1).numpy()).all()
-
-
-def test_its_maps_are_those_of_the_network():
-    maps = torch.rand(7, 2, 4, 3)
-    page, *_ = make_page(['cat', 'dog'], 7, maps)
-    h, w, values = read_data(page)['maps']
-    shown = np.frombuffer(base64.b64decode(values), np.uint8).reshape(7, 2, h, w)
-    np.testing.assert_allclose(shown / 255, maps, atol=0.002)
-    assert 'Grad-CAM' in page
-    assert 'Grad-CAM' not in make_page(['cat', 'dog'], 7)[0]
 
 
 def test_a_browser_shows_it(tmp_path):
@@ -120,10 +119,6 @@ def test_a_browser_shows_it(tmp_path):
         page.focus('#next')
         for key in 'Shift+Tab', 'ArrowRight', 'Enter': page.keyboard.press(key)
         assert heading(page)[0] == f'<b>x</b> → {NAMES[2]}: 67 images'
-        for key in 'Tab', 'Tab', 'Tab', 'ArrowLeft': page.keyboard.press(key)
-        assert page.evaluate('document.activeElement.parentElement.innerText') == 'predicted'
-        page.keyboard.press('ArrowLeft')
-        assert page.locator('canvas').count() == 0
         page.set_viewport_size(dict(width=390, height=844))
         assert page.evaluate('document.documentElement.scrollWidth') == 390
 
@@ -134,7 +129,6 @@ def test_a_browser_shows_it(tmp_path):
         assert page.locator('tbody tr').count() == 18
         page.locator('[title="actual class 123"]').first.click()
         assert heading(page) == ('class 123 → any other class: 9 images', 9, '')
-        assert page.evaluate('document.documentElement.scrollWidth') == 390
         assert 0 <= page.locator('.thumb').first.bounding_box()['y'] < 844 - 96  # one sees what the click has brought
         browser.close()
     assert complaints == []

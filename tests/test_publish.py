@@ -1,6 +1,4 @@
-import json
-
-import pytest
+import pandas as pd
 import torch
 from conftest import ROOT
 
@@ -9,15 +7,15 @@ from lab.loader import decode_images, list_images
 from lab.speed import fast
 from predict import load_run
 
-PUBLISHED = ROOT/'docs/cifar10'
 
-
-def test_published_weights_score_what_is_published(sample):
-    """Weights in float16, computed in float32; on the sample. README has the command for all 10,000 images."""
-    learn, files = load_run(PUBLISHED), list_images(sample/'test')
-    assert len(files) == 1_000
+def test_published_weights_are_wrong_where_it_is_published(sample):
+    """Weights in float16, computed in float32, on 250 images; README has the command for all 10,000."""
+    learn, files = load_run(ROOT/'docs/cifar10'), list_images(sample/'test')[::4]
     assert {w.dtype for w in learn.model.state_dict().values()} == {torch.float32, torch.int64}
-    with fast(learn), learn.no_bar(): log_probs = get_log_probs(learn, decode_images(files))
-    right = log_probs.argmax(1) == torch.tensor([learn.dls.vocab.o2i[f.parent.name] for f in files])
-    published = json.loads((PUBLISHED/'metrics.json').read_text())['published']['sample_accuracy']
-    assert right.float().mean().item() == pytest.approx(published, abs=0.0021)
+    with fast(learn), learn.no_bar(): predicted = get_log_probs(learn, decode_images(files)).argmax(1)
+    wrong = {f'test/{f.parent.name}/{f.name}' for f, i in zip(files, predicted, strict=True)
+             if learn.dls.vocab[i] != f.parent.name}
+    published = {*pd.read_csv(ROOT/'docs/cifar10/misclassified.csv').file}
+    published &= {f'test/{f.parent.name}/{f.name}' for f in files}
+    assert len(published) > 5
+    assert len(wrong ^ published) <= 1  # before its weights were rounded, in bfloat16
