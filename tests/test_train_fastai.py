@@ -331,7 +331,7 @@ BAD_OPTIONS = [
     dict(lr_min=0., lr_max=1e-3), dict(lr_min=1e-3, lr_max=math.inf), dict(lr_min=math.nan, lr_max=1e-3),
     dict(lr_end=0.), dict(lr_end=-1), dict(lr_end=math.inf), dict(lr_end=math.nan),
     dict(lr_end=2e-3, lr_min=1e-4, lr_max=1e-3), dict(wd=-1), dict(wd=math.inf), dict(wd=math.nan),
-    dict(label_smoothing=1), dict(label_smoothing=-0.1), dict(precision='int8'), dict(ema=1), dict(ema=-0.1),
+    dict(label_smoothing=1), dict(label_smoothing=-0.1), dict(ema=1), dict(ema=-0.1),
     dict(ema=math.nan)]
 
 
