@@ -33,14 +33,6 @@ class SeedEpochs(Callback):
         if not hasattr(self.learn, 'lr_finder'): self.done += 1
 
 
-def average(values: list[tuple[Tensor, int]]) -> float:
-    """The mean of the batches' `values`, each with its number of images, over all processes."""
-    if not values: return math.nan
-    sums = torch.stack([sum(v * n for v, n in values), torch.full_like(values[0][0], sum(n for _, n in values))])
-    if num_distrib() > 1: torch.distributed.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
-
-
 class History(TrainingCallback):
     """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
@@ -55,26 +47,31 @@ class History(TrainingCallback):
     def before_fit(self):
         if self.opt: self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
 
-    def before_train(self): self.start, self.losses, self.accuracies = time.perf_counter(), [], []
+    def before_train(self): self.start, self.sums = time.perf_counter(), []
 
     def after_batch(self):
         if self.start is None or not len(self.yb): return
-        for values, value in ((self.losses, self.learn.loss.mean()), (self.accuracies, accuracy(self.pred, *self.yb))):
-            values.append((value.detach().as_subclass(Tensor).float(), find_bs(self.yb)))  # no batch waits for a GPU
+        means = self.learn.loss.mean(), accuracy(self.pred, *self.yb), torch.ones_like(self.learn.loss.mean())
+        self.sums.append(torch.stack([o.detach().as_subclass(Tensor).float() for o in means]) * find_bs(self.yb))
         if not self.training: return
         hypers = self.opt.hypers[-1]  # set by the scheduler before the batch: what its step used
         self.schedule.append(dict(batch=len(self.schedule) + 1, lr=float(hypers['lr']),
                                   momentum=float(hypers.get('mom', math.nan))))
 
+    def means(self) -> list[float]:
+        """Loss and accuracy of the images since the last call, in all processes. (No batch waits for a GPU.)"""
+        sums, self.sums = sum(self.sums, torch.zeros(3, device=one_param(self.model).device)), []
+        if num_distrib() > 1: torch.distributed.all_reduce(sums)
+        return (sums[:2] / sums[2]).tolist()
+
     def after_train(self):
         self.seconds_training += time.perf_counter() - self.start
-        self.trained = [average(self.losses), average(self.accuracies)]
-        self.losses, self.accuracies = [], []
+        self.trained = self.means()
 
     def after_validate(self):
         if self.start is None: return  # a test without training
-        row = len(self.rows) + 1, *self.trained, average(self.losses), average(self.accuracies)
-        self.rows.append(dict(zip(self.columns, (*row, time.perf_counter() - self.start), strict=True)))
+        row = len(self.rows) + 1, *self.trained, *self.means(), time.perf_counter() - self.start
+        self.rows.append(dict(zip(self.columns, row, strict=True)))
         self.start = None
 
     def train_accuracy(self) -> float: return self.trained[1]

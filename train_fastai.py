@@ -129,12 +129,13 @@ def basin(lrs: Tensor, losses: Tensor, num_it: int) -> tuple[float, tuple[float,
     return 0.4 * middle.item(), (middle.item(), losses[(lrs - middle).abs().argmin()])
 
 
-def find_lrs(learn: Learner, show_plot: bool = False) -> tuple[float, float]:
+def find_lrs(learn: Learner, show_plot: bool = False, quick: bool = False) -> tuple[float, float]:
     """(LRMIN, LRMAX) by `learn.lr_find()`: its `valley` suggestion, at most a tenth of LRMAX, and our `basin`.
 
-    Raises `RunError` if the finder has no usable answer.
+    A `quick` one sees half as many batches. Raises `RunError` if the finder has no usable answer.
     """
-    try: lr_min, lr_max = learn.lr_find(suggest_funcs=(valley, basin), show_plot=show_plot)
+    span = dict(start_lr=1e-5, num_it=50) if quick else {}
+    try: lr_min, lr_max = learn.lr_find(**span, suggest_funcs=(valley, basin), show_plot=show_plot)
     except (IndexError, ValueError): lr_min = lr_max = float('nan')  # too few finite losses
     if not 0 < lr_max < float('inf') or not lr_min > 0:
         raise RunError('the LR finder found no usable rates; set --lr-min and --lr-max')
@@ -158,7 +159,7 @@ def experiment(run: Run):
         else:
             print('Finding the learning rates …', flush=True)
             start = time.perf_counter()
-            lr_min, lr_max = on_first(find_lrs, learn)
+            lr_min, lr_max = on_first(partial(find_lrs, quick=o.quick), learn)
             save_finder(run, learn, lr_min, lr_max, time.perf_counter() - start)
         print(f'LRMIN {lr_min:.2e}, LRMAX {lr_max:.2e}', flush=True)
 

@@ -119,7 +119,7 @@ def save_results(run: Run, learn: Learner):
     save_csv(out/'misclassified.csv', wrong)
     save_csv(out/'classes.csv', classes)
     atomic_write(out/'metrics.json', json.dumps(m, indent=2, allow_nan=False).encode() + b'\n')
-    report = write_report(m, run.command, h.rows, h.schedule, wrong, classes)
+    report = write_report(m, run.command(), h.rows, h.schedule, wrong, classes)
     atomic_write(out/'report.md', report.encode(errors='backslashreplace'))
     save_figure(run, 'misclassified.png', figures.draw_misclassified, images[:10], wrong)
     save_figure(run, 'confusion_matrix.png', figures.draw_confusions, targets, predicted, dls.vocab)

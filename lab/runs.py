@@ -185,18 +185,15 @@ def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, set[st
 
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
-    inf, processes = float('inf'), max(num_distrib(), 1)
+    processes, lr_max = max(num_distrib(), 1), o.lr_max or 1e3
+    for name, low, high in (
+            ('epochs', 1, 10**6), ('bs', 1, 10**6), ('seed', 0, 2**32 - 1), ('lr_max', 1e-12, 1e3),
+            ('lr_min', 1e-12, lr_max), ('lr_end', 1e-12, lr_max), ('wd', 0, 1e3), ('label_smoothing', 0, 0.99),
+            ('ema', 0, 0.9999)):
+        if (value := getattr(o, name)) is not None and not low <= value <= high:
+            raise InputError(f'--{name.replace("_", "-")} {value} is not in {low} … {high}')
     if [o.lr_min, o.lr_max].count(None) == 1: raise InputError('--lr-min and --lr-max go together: give both or none')
-    for name, ok, rule in (
-            ('epochs', o.epochs >= 1, 'at least 1'), ('bs', o.bs >= 1, 'at least 1'),
-            ('seed', 0 <= o.seed < 2**32, 'in 0 … 2³²-1'),
-            ('bs', o.bs % processes == 0, f'a multiple of {processes}, the number of processes'),
-            ('lr_min', o.lr_min is None or 0 < o.lr_min < o.lr_max < inf, f'in 0 < LRMIN < LRMAX = {o.lr_max}'),
-            ('lr_end', o.lr_end is None or 0 < o.lr_end <= (o.lr_max or 1e9), f'in 0 < LR <= LRMAX = {o.lr_max}'),
-            ('wd', 0 <= o.wd < inf, 'at least 0 and finite'),
-            ('label_smoothing', 0 <= o.label_smoothing < 1, 'at least 0 and less than 1'),
-            ('ema', 0 <= o.ema < 1, 'at least 0 and less than 1')):
-        if not ok: raise InputError(f'--{name.replace("_", "-")} {getattr(o, name)} is not {rule}')
+    if o.bs % processes: raise InputError(f'--bs {o.bs} is not a multiple of {processes}, the number of processes')
     resolve_precision(o.precision, default_device())
 
 
@@ -265,8 +262,9 @@ class Run:
     def check_free(self):
         """Raise `InputError` if the folder holds a run."""
         if not rank_distrib() and any((self.folder/o).exists() for o in (CHECKPOINT, 'metrics.json', 'model.pth')):
-            resume = '' if (self.folder/'model.pth').exists() else f', or {self.resume_command}'
-            raise InputError(f'--out {self.folder} already holds a run; choose another folder{resume}')
+            or_resume = f', or resume it with: {self.command(resume=self.folder)}'
+            raise InputError(f'--out {self.folder} already holds a run; choose another folder'
+                             + or_resume * (not (self.folder/'model.pth').exists()))
 
     def locate_images(self) -> dict:
         """The arguments of `get_dls`. A quick look takes the sample, or a tenth of a given folder.
@@ -302,21 +300,14 @@ class Run:
         """How long the run has taken, interruptions left out."""
         return time.perf_counter() - self.start
 
-    def format_command(self, **options) -> str:
-        """The command line with these `options`."""
+    def command(self, **options) -> str:
+        """The command line with these `options`, or with all of the run that are not the default."""
+        if not options:
+            options = {f.name: value for f in dataclasses.fields(self.options) if f.name not in (
+                PLAIN if self.options.plain else ()) and (value := getattr(self.options, f.name)) != f.default}
         launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
         return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])
-
-    @property
-    def command(self) -> str:
-        """The command that starts a run with the same options, in a new folder."""
-        implied = PLAIN if self.options.plain else ()
-        return self.format_command(**{f.name: value for f in dataclasses.fields(self.options) if f.name not in implied
-                                      and (value := getattr(self.options, f.name)) != f.default})
-
-    @property
-    def resume_command(self) -> str: return f'resume it with: {self.format_command(resume=str(self.folder))}'
 
     def __enter__(self): return self
 
@@ -325,5 +316,5 @@ class Run:
         again = isinstance(e, InputError) or isinstance(e, RunError) and not isinstance(e.__cause__, OSError)
         if e is None or again: return  # it would only happen again
         resumable = (self.folder/CHECKPOINT).exists()
-        hint = self.resume_command if resumable else 'nothing was trained yet'
+        hint = f'resume it with: {self.command(resume=self.folder)}' if resumable else 'nothing was trained yet'
         e.add_note(hint if isinstance(e, KeyboardInterrupt) or not resumable else f'once that is fixed, {hint}')

@@ -36,7 +36,7 @@ def test_published_report_is_that_of_the_published_files():
     m, text = RUN, (PUBLISHED/'report.md').read_text()
     history, schedule, wrong, classes = (pd.read_csv(PUBLISHED/f'{o}.csv')
                                          for o in ('history', 'schedule', 'misclassified', 'classes'))
-    assert text == write_report(m, Run(Options(**m['options'])).command, history.to_dict('records'),
+    assert text == write_report(m, Run(Options(**m['options'])).command(), history.to_dict('records'),
                                 schedule.to_dict('records'), wrong, classes)
     assert m['test_accuracy'] == history.test_accuracy.iloc[-1] == pytest.approx(1 - len(wrong) / 10_000)
     assert m['test_accuracy'] == pytest.approx((classes.recall * classes.images).sum() / 10_000)

@@ -84,7 +84,7 @@ def test_a_command_in_a_message_can_be_pasted(tmp_path):
     (dict(data='/my images', lr_min=1e-4, lr_max=1e-3), "--data '/my images' --lr-min 0.0001 --lr-max 0.001"),
     (dict(label_smoothing=0, ema=0.), '--label-smoothing 0 --ema 0.0')], ids=str)
 def test_the_command_that_repeats_a_run(changes, options):
-    assert Run(Options(**changes), set()).command == f'python train_fastai.py {options}'.strip()
+    assert Run(Options(**changes), set()).command() == f'python train_fastai.py {options}'.strip()
 
 
 def test_a_finished_run_is_not_overwritten(folder, run, tmp_path, capsys):
