@@ -3,7 +3,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 
 import pandas as pd
 import pytest
@@ -70,8 +69,7 @@ def test_what_cannot_be_repeated_is_one_line(options, capsys):
     (options['out']/'results.csv').write_text('table,arm\n')
     for message, what, others in (('--arms: no wd-7', 'test', dict(arms='default,wd-7')),
                                   ('--every', 'seeds', dict(every=2)), ('other columns', 'test', {})):
-        call = partial(repeat.main, what, **options | others)
-        assert message in ends(capsys, 2, lambda _, call=call: call())
+        assert message in ends(capsys, 2, lambda _, what=what, o=others: repeat.main(what, **options | o))
 
 
 def test_the_tables_of_results(tmp_path):
@@ -111,9 +109,7 @@ def test_the_numbers_in_prose_are_those_of_the_results(results):
                                                                 for k in both))}
     prose = '\n'.join(line for line in PAGE.splitlines() if not line.startswith('| '))
     for text in (README, prose, train_fastai.__doc__):
-        stated = {*re.findall(r'[\d.]+ ± [\d.]+', text)}
-        assert stated
-        assert stated <= true
+        assert set() < {*re.findall(r'[\d.]+ ± [\d.]+', text)} <= true
     for text in (README, train_fastai.__doc__): assert format_percent(gpu.accuracy) in text
 
     differences = ('{} points more (standard error {})', 'With averaged weights it is {} points ({})',
