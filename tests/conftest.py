@@ -28,11 +28,10 @@ def make_folder(path: Path, train: int = 8, test: int = 4, seed: int = 0) -> Pat
     rng = np.random.default_rng(seed)
     for split, n in (('train', train), ('test', test)):
         for name, colour in COLOURS.items():
-            folder = path/split/name
-            folder.mkdir(parents=True)
+            (path/split/name).mkdir(parents=True)
             for i in range(n):
                 pixels = np.clip(colour + rng.normal(0, 60, (32, 32, 3)), 0, 255).astype('uint8')
-                Image.fromarray(pixels).save(folder/f'{i}.png')
+                Image.fromarray(pixels).save(path/split/name/f'{i}.png')
     return path
 
 

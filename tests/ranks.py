@@ -5,6 +5,7 @@ It leaves beside the run's folder what it saw of the resumed part, and what it e
 import os
 import signal
 import sys
+from pathlib import Path
 
 import narrow  # noqa: F401, the narrow network
 import torch
@@ -48,5 +49,7 @@ if __name__ == '__main__':
     if not (child := os.fork()): train_fastai.main()
     _, status = os.waitpid(child, 0)
     if not rank_distrib(): print(f'Ended by signal {status}', flush=True)
-    dies, os.environ['TORCHELASTIC_RESTART_COUNT'] = 0, '1'  # as torchrun has it when it starts processes again
-    train_fastai.main(['--resume', sys.argv[sys.argv.index('--out') + 1]])
+    dies, out = 0, Path(sys.argv[sys.argv.index('--out') + 1])
+    torch.distributed.init_process_group(  # in a store of its own: the launcher's still has the addresses of the dead
+        'gloo', f'file://{out.parent}/store', rank=rank_distrib(), world_size=num_distrib())
+    train_fastai.main(['--resume', str(out)])

@@ -44,20 +44,22 @@ def on_the_cpu():
     default_device(None)
 
 
-def test_a_whole_run(run):
+def test_a_whole_run_and_its_predictions(run, path, capsys):
     m = json.loads((run/'metrics.json').read_text())
     assert m['device'] == torch.cuda.get_device_name()
     assert m['precision'] == ('bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16')
     assert m['test_accuracy'] > 0.8
     assert all((run/f'{name}.png').exists() for name in ('lr_find', 'history', 'misclassified', 'top_losses'))
     assert all(v.is_contiguous() for v in load_state(run/'model.pth').values())
+    for images, shown in ((path/'test', '48 images of 3 classes'), (path/'test/red/0.png', 'red')):
+        predict.main(args(run, images))
+        assert shown in capsys.readouterr().out
 
 
 def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
-    options = dict(data=path, out=tmp_path/'run', bs=16, epochs=3, lr_min=1e-4, lr_max=1e-3, precision='fp16')
-    scales = []
+    options, scales = dict(data=path, out=tmp_path/'run', bs=16, epochs=3, lr_min=1e-4, lr_max=1e-3), []
     def look(cb): scales.append(cb.learn.scaler.get_scale())
-    with disturbed(interrupt, epoch=2, batch=0), pytest.raises(SystemExit): main(args(**options))
+    with disturbed(interrupt, epoch=2, batch=0), pytest.raises(SystemExit): main(args(**options, precision='fp16'))
     scaler = dict(load_state(tmp_path/'run/checkpoint.pth')['callbacks'])['mixed_precision']
     assert scaler['scale'] > 1
     with pytest.MonkeyPatch.context() as m:
@@ -65,7 +67,6 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
         main(args(resume=tmp_path/'run'))
     assert scales == [scaler['scale']], 'of the last epoch'
     assert json.loads((tmp_path/'run/metrics.json').read_text())['precision'] == 'fp16'
-    assert len((tmp_path/'run/schedule.csv').read_text().splitlines()) == 1 + 3 * 12
 
 
 @pytest.mark.parametrize('item_by_item', [False, True])
@@ -89,7 +90,6 @@ def test_a_run_of_the_gpu_is_used_on_both(run, path, on_the_cpu):
     default_device(None)
     learn = load_run(run, path)
     assert next(learn.model.parameters()).device.type == 'cuda'
-    assert learn.predict(file)[0] == found[0]
     assert learn.predict(file)[2].cpu().numpy() == pytest.approx(found[2].numpy(), abs=0.05)
     assert len(ClassificationInterpretation.from_learner(learn).losses) == 48
     with fast(learn):
@@ -103,13 +103,6 @@ def test_a_run_of_the_cpu_is_used_on_the_gpu(path, tmp_path, on_the_cpu):
     default_device(None)
     assert load_run(tmp_path/'run', path).validate()[1] == pytest.approx(
         json.loads((tmp_path/'run/metrics.json').read_text())['test_accuracy'], abs=0.05)
-
-
-def test_predict_names_and_evaluates(run, path, capsys):
-    predict.main(args(run, path/'test'))
-    assert '48 images of 3 classes' in capsys.readouterr().out
-    predict.main(args(run, path/'test/red/0.png'))
-    assert 'red' in capsys.readouterr().out
 
 
 def test_a_step_is_that_of_the_cpu_in_float32(path, tmp_path):

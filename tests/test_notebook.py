@@ -17,7 +17,8 @@ def test_it_runs_from_top_to_bottom_and_shows_its_figures(folder, tmp_path, monk
     nb.cells.append(nbformat.v4.new_code_cell(
         f'%run predict.py {ROOT}/docs/cifar10 {folder}/test/red/0.png\n'
         'import signal; assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL'))
-    NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    NotebookClient(nb, timeout=300, resources=dict(metadata=dict(path=str(tmp_path))),
+                   shutdown_kernel='immediate').execute()
     images = sum('image/png' in o.data for cell in code for o in cell.outputs if o.output_type != 'stream')
     assert images == 7  # the batch, the finder, history and schedule, misclassified, top losses, confusions
     printed = '\n'.join(o.text for cell in nb.cells for o in cell.get('outputs', []) if o.output_type == 'stream')

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import fit
 from fastai.vision import all as fv
-from fastai.vision.all import F, L, Learner, Tensor, nn, params, set_seed
+from fastai.vision.all import F, L, Learner, Tensor, nn, params
 
 from arch import ResNet
 from callbacks import SeedEpochs
@@ -25,18 +25,16 @@ def test_label_smoothing_applies_to_training_alone():
     with torch.no_grad(): torch.testing.assert_close(loss(x, y).as_subclass(Tensor), F.cross_entropy(x, y))
 
 
-@pytest.mark.parametrize('options', [{}, dict(axis=1), dict(weight=torch.rand(4)), dict(reduction='none', axis=1),
-                                     dict(reduction='sum', ignore_index=2)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(weight=torch.rand(4)), dict(reduction='none', axis=1)], ids=str)
 def test_the_loss_takes_the_options_of_the_class_it_extends(options):
     torch.manual_seed(0)
     x, y = torch.randn(6, 4, 5), torch.randint(4, (6, 5))
     if 'axis' not in options: x = x.movedim(1, -1)
-    for smoothing in (0., 0.1):
-        ours, stock = CrossEntropy(label_smoothing=smoothing, **options), fv.CrossEntropyLossFlat(**options)
-        torch.testing.assert_close(ours(x.requires_grad_(), y), fv.CrossEntropyLossFlat(
-            label_smoothing=smoothing, **options)(x, y))
-        with torch.no_grad(): torch.testing.assert_close(ours(x, y), stock(x, y))
-        for f in ('activation', 'decodes'): torch.testing.assert_close(getattr(ours, f)(x), getattr(stock, f)(x))
+    ours, stock = CrossEntropy(label_smoothing=0.1, **options), fv.CrossEntropyLossFlat(**options)
+    smoothed = fv.CrossEntropyLossFlat(label_smoothing=0.1, **options)
+    torch.testing.assert_close(ours(x.requires_grad_(), y), smoothed(x, y))
+    with torch.no_grad(): torch.testing.assert_close(ours(x, y), stock(x, y))
+    for f in ('activation', 'decodes'): torch.testing.assert_close(getattr(ours, f)(x), getattr(stock, f)(x))
 
 
 def test_fused_adamw_steps_like_fastais_adam():
@@ -60,33 +58,25 @@ def test_one_group_is_shown_of_two_of_which_one_decays(dls, tmp_path):
     learn.fit(1, 1e-3)
     shown, = learn.opt.hypers
     assert (shown['lr'], shown['wd'], shown['mom'], shown['sqr_mom'], shown['eps']) == (1e-3, 0.2, 0.95, 0.99, 1e-5)
-    def decays() -> list[float]: return [pg['weight_decay'] for pg in learn.opt.opt.param_groups]
-    assert decays() == [0.2, 0]
-    plain = fv.norm_bias_params(learn.model)
-    for group, ours in zip(learn.opt.opt.param_groups, (False, True), strict=True):
-        assert {*group['params']} == {p for p in learn.model.parameters() if (p in {*plain}) == ours}
-    learn.fit(1, 1e-3, wd=0.3)
-    assert decays() == [0.3, 0]
-    assert (fit(learn, 1), decays())[1] == [0.2, 0], 'the recipe\'s again'
-
-
-def test_what_is_written_into_hypers_reaches_the_optimizer(dls, tmp_path):
-    learn = get_learner(dls, precision='fp32', path=tmp_path)
-    learn.fit(3, 1e-5, cbs=fv.ReduceLROnPlateau(monitor='valid_loss', min_delta=100, patience=1))
+    assert all(isinstance(v, int | float) for v in shown.values()), 'as TensorBoardCallback needs'
+    groups, plain = learn.opt.opt.param_groups, {*fv.norm_bias_params(learn.model)}
+    assert [{*pg['params']} for pg in groups] == [{*learn.model.parameters()} - plain, plain]
+    for do, wd in ((partial(learn.fit, 1, 1e-3, wd=0.3), 0.3), (partial(fit, learn, 1), 0.2)):
+        do()
+        assert [pg['weight_decay'] for pg in learn.opt.opt.param_groups] == [wd, 0]
     learn.opt.hypers[0]['mom'], learn.opt.hypers[0]['wd'] = 0.5, 0.7
-    for pg, wd in zip(learn.opt.opt.param_groups, (0.7, 0), strict=True):
-        assert pg['lr'] == pytest.approx(1e-7), 'a tenth after the second epoch, and again'
-        assert (pg['betas'], pg['weight_decay']) == ((0.5, 0.99), wd)
+    assert [(pg['betas'], pg['weight_decay']) for pg in learn.opt.opt.param_groups] == [
+        ((0.5, 0.99), 0.7), ((0.5, 0.99), 0)]
 
 
-def three_lists(m: ResNet) -> L: return L(params(nn.ModuleList(part)) for part in (
-    [m.prep, m.layer1], [m.layer2, m.layer3], [m.fc]))
+def three_lists(m: ResNet) -> L:
+    return L(params(m.prep), params(nn.ModuleList([m.layer1, m.layer2, m.layer3])), params(m.fc))
 
 
 def learners(dls, path, splitter, opt='adam') -> list[Learner]:
     """Two stock learners of one network and randomness, with one of our optimizers and with the same of fastai's."""
     def make(opt_func):
-        set_seed(0)
+        fv.set_seed(0)
         return Learner(dls, ResNet(3, 3), loss_func=CrossEntropy(label_smoothing=0.1), wd=0.1, opt_func=opt_func,
                        cbs=SeedEpochs(42), path=path, splitter=splitter)
     return [make(opt_func) for opt_func in SAME[opt]]
@@ -118,8 +108,7 @@ def test_our_optimizers_do_what_fastais_do(dls, tmp_path, action, opt):
 
 
 SPLITTERS = dict(generator=lambda m: m.parameters(), generator_of_lists=lambda m: (params(o) for o in m.children()),
-                 one_list=params, with_an_empty_list=lambda m: [params(m[0]), [], params(m[1:])],
-                 filtered=lambda m: filter(lambda p: p.ndim > 1, m.parameters()))
+                 with_an_empty_list=lambda m: [params(m[0]), [], params(m[1:])])
 
 
 @pytest.mark.parametrize('splitter', SPLITTERS)
@@ -132,10 +121,9 @@ def test_any_splitter_that_a_stock_optimizer_takes(dls, tmp_path, splitter):
         assert sorted(p.shape for p in one) == sorted(p.shape for p in other)
 
 
-BUILT = dict(built=lambda m: TorchOptimizer(opt=torch.optim.SGD(m.parameters(), lr=1.)),
-             built_groups=lambda m: TorchOptimizer(opt=torch.optim.AdamW([dict(params=params(m.prep), lr=3.), dict(
-                 params=[*params(m.layer1), *params(m.layer2), *params(m.layer3), *params(m.fc)])], lr=1.)),
-             made=lambda m: FusedAdam(m.parameters(), lr=1.), from_list=lambda m: FusedAdam([*m.parameters()], lr=1.))
+BUILT = dict(made=lambda m: FusedAdam(m.parameters(), lr=1.),
+             built=lambda m: TorchOptimizer(opt=torch.optim.AdamW([dict(params=params(m.prep), lr=3.), dict(
+                 params=[*params(m.layer1), *params(m.layer2), *params(m.layer3), *params(m.fc)])], lr=1.)))
 
 
 @pytest.mark.parametrize('built', BUILT)
@@ -168,9 +156,3 @@ def test_moments_of_any_layout_are_paired_with_their_weights():
             opt.load_state_dict(opt.state_dict() | dict(state={0: moments}))
         ends.append(p.detach())
     torch.testing.assert_close(*ends)
-
-
-def test_stock_optimwrapper_is_left_as_it_is(dls, tmp_path):
-    learn = get_learner(dls, opt_func=partial(fv.OptimWrapper, opt=torch.optim.RMSprop), path=tmp_path)
-    fit(learn, 1)
-    assert [len(pg['params']) for pg in learn.opt.opt.param_groups] == [len(params(learn.model))]

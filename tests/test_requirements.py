@@ -14,33 +14,26 @@ DIRECT, DEV = PYPROJECT['project']['dependencies'], PYPROJECT['project']['option
 LOCKS = [(ROOT/file).read_text() for file in ('requirements.txt', 'requirements-dev.txt')]
 
 
-def read_lock(text: str) -> list[Requirement]:
-    return [Requirement(line) for line in text.splitlines() if line and not line.startswith(('#', '-r '))]
-
-
-def read_pins(text: str) -> dict[str, str]:
-    """What a lock installs here, with Python 3.11 or later: names and versions."""
-    return {r.name: next(iter(r.specifier)).version for r in read_lock(text) if not r.marker or r.marker.evaluate()}
-
-
-BASE, BOTH = read_pins(LOCKS[0]), read_pins('\n'.join(LOCKS))
+# An option, as --index-url, would be no requirement.
+LINES = [[Requirement(o) for o in text.splitlines() if o and not o.startswith(('#', '-r '))] for text in LOCKS]
+BASE, BOTH = ({r.name: next(iter(r.specifier)).version for r in lines if not r.marker or r.marker.evaluate()}
+              for lines in (LINES[0], sum(LINES, [])))  # what they install here
 
 
 def test_the_locks_pin_what_the_ranges_allow_and_name_no_place():
-    for text in LOCKS:
-        for line in read_lock(text):  # an option, as --index-url, would be no requirement
-            assert (line.url, [o.operator for o in line.specifier]) == (None, ['==']), line
+    for text, lines in zip(LOCKS, LINES, strict=True):
+        for r in lines: assert (r.url, [o.operator for o in r.specifier]) == (None, ['==']), r
         assert not re.search(r'://|(^|[\s=])[/~]', text)
     for direct, pins in ((DIRECT, BASE), (DEV, BOTH)):
         for r in map(Requirement, direct): assert r.specifier.contains(pins[canonicalize_name(r.name)]), r
     assert LOCKS[1].splitlines().count('-r requirements.txt') == 1
-    assert not {r.name for r in read_lock(LOCKS[0])} & {r.name for r in read_lock(LOCKS[1])}
+    assert not {r.name for r in LINES[0]} & {r.name for r in LINES[1]}
 
 
 def test_environment_yml_installs_the_lock():
     lines = re.findall(r'^ +- (.+)$', (ROOT/'environment.yml').read_text(), re.MULTILINE)
     pins = dict(line.split('==') for line in lines if '==' in line)
-    assert set(pins) == {'fastai', 'torch', 'torchvision', 'matplotlib', 'pytest'}  # the assignment's
+    assert {*pins} == {'fastai', 'torch', 'torchvision', 'matplotlib', 'pytest'}, "the assignment's"
     assert pins.items() <= BOTH.items()
     assert lines[-1] == '-r requirements.txt'
 
