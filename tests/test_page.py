@@ -39,10 +39,8 @@ def read_data(page: str) -> dict:
 def test_it_needs_no_server_and_runs_no_names():
     page, *_ = make_page(NAMES, 12)
     assert "default-src 'none'; img-src data:" in page
-    assert '://' not in page
     assert [s[:11] for s in re.findall(r'(?:src="|url\()([^")]*)', page)] == ['data:image/'] * 4
-    assert page.count('<script') == 2
-    assert '<b>' not in page
+    assert [page.count(s) for s in ('://', '<b>', '<script')] == [0, 0, 2]
 
 
 def test_its_data_are_those_of_the_tables():
@@ -52,8 +50,7 @@ def test_its_data_are_those_of_the_tables():
     h, w, values = data['maps']
     shown = np.frombuffer(base64.b64decode(values), np.uint8).reshape(7, 2, h, w)
     np.testing.assert_allclose(shown / 255, maps, atol=0.002)
-    assert data['classes'] == ['cat', 'dog', 'eel']
-    assert data['right'] == [997, 998, 998]
+    assert (data['classes'], data['right']) == (['cat', 'dog', 'eel'], [997, 998, 998])
     files, actual, predicted, probabilities, losses = zip(*data['wrong'], strict=True)
     assert list(files) == list(wrong.file)
     assert [*zip(actual, predicted, strict=True)] == [(0, 1), (1, 2), (2, 0), (0, 2), (1, 0), (2, 1), (0, 1)]
@@ -63,10 +60,10 @@ def test_its_data_are_those_of_the_tables():
     assert '<h1>7 of 10,000 test images are misclassified </h1>' in page
     assert '92.73 % test accuracy after 24 epochs, seed 42.' in page
     assert 'Grad-CAM' in page
-    one, none = (make_page(['cat', 'dog'], n, options=dict(quick=True))[0] for n in (1, 0))
-    assert '<h1>1 of 10,000 test images is misclassified <span class="quick">quick look</span></h1>' in one
-    assert 'Grad-CAM' not in one
-    assert read_data(none)['right'] == [1000, 1000]
+    quick = make_page(['cat', 'dog'], 1, options=dict(quick=True))[0]
+    assert '<h1>1 of 10,000 test images is misclassified <span class="quick">quick look</span></h1>' in quick
+    assert 'Grad-CAM' not in quick
+    assert read_data(make_page(['cat', 'dog'], 0)[0])['right'] == [1000, 1000]
 
 
 def test_its_images_are_the_networks_pixel_by_pixel():
