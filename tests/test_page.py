@@ -31,11 +31,6 @@ def make_page(names: list[str], n: int, maps: torch.Tensor | None = None, **metr
     return write_page(METRICS | metrics, wrong, classes, images, ROOT/'docs/cifar10', maps), wrong, images
 
 
-def read_data(page: str) -> dict:
-    data, = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(data)
-
-
 def test_it_needs_no_server_and_runs_no_names():
     page, *_ = make_page(NAMES, 12)
     assert "default-src 'none'; img-src data:" in page
@@ -46,7 +41,8 @@ def test_it_needs_no_server_and_runs_no_names():
 def test_its_data_are_those_of_the_tables():
     maps = torch.rand(7, 2, 4, 3)
     page, wrong, _ = make_page(['cat', 'dog', 'eel'], 7, maps)
-    h, w, values = (data := read_data(page))['maps']
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    h, w, values = data['maps']
     shown = np.frombuffer(base64.b64decode(values), np.uint8).reshape(7, 2, h, w)
     np.testing.assert_allclose(shown / 255, maps, atol=0.002)
     assert (data['classes'], data['right']) == (['cat', 'dog', 'eel'], [997, 998, 998])
@@ -62,7 +58,7 @@ def test_its_data_are_those_of_the_tables():
     quick = make_page(['cat', 'dog'], 1, options=dict(quick=True))[0]
     assert '<h1>1 of 10,000 test images is misclassified <span class="quick">quick look</span></h1>' in quick
     assert 'Grad-CAM' not in quick
-    assert read_data(make_page(['cat', 'dog'], 0)[0])['right'] == [1000, 1000]
+    assert '<h1>0 of 10,000 test images are misclassified </h1>' in make_page(['cat', 'dog'], 0)[0]
 
 
 def test_its_images_are_the_networks_pixel_by_pixel():

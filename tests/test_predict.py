@@ -49,8 +49,7 @@ def test_loaded_learner_is_ready_from_anywhere(run, folder, tmp_path, monkeypatc
     learn, m = load_run(run, folder), read_metrics(run)
     assert list(learn.validate()) == pytest.approx([m['test_loss'], m['test_accuracy']])
     learn.show_results()
-    interp = ClassificationInterpretation.from_learner(learn)
-    interp.plot_top_losses(4)
+    (interp := ClassificationInterpretation.from_learner(learn)).plot_top_losses(4)
     assert interp.confusion_matrix().trace() == 12 - len(pd.read_csv(run/'misclassified.csv'))
 
 
@@ -147,8 +146,6 @@ def test_centre_square_of_a_larger_image(tmp_path):
     large, small = decode_images([tmp_path/'x.png', tmp_path/'y.png'], resize=True).permute(0, 2, 3, 1).numpy()
     assert np.abs(large - pixels[::2, 32:96:2].astype('float32')).max() <= 1
     assert (small == pixels[::2, 32:96:2]).all(), 'a crop of the right size is not resampled'
-    Image.new('CMYK', (1, 1000)).save(tmp_path/'z.tif')
-    assert (decode_images([tmp_path/'z.tif'], resize=True) == 255).all()
 
 
 @pytest.mark.parametrize(('images', 'message'), [
