@@ -196,7 +196,7 @@ def test_bare_command_without_a_network_is_a_quick_look(small_sample, tmp_path, 
     """To its end, and the result says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('lab.runs.QUICK', dict(epochs=2, bs=8))
-    monkeypatch.setattr('train_fastai.find_lrs', lambda _: (1e-4, 1e-3))
+    monkeypatch.setattr('train_fastai.find_lrs', lambda _, **__: (1e-4, 1e-3))
     monkeypatch.setattr('train_fastai.save_finder', lambda *_: None)
     main([])
     told = 'CIFAR-10 could not be read.* this is a quick look at the sample'
