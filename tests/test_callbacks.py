@@ -202,8 +202,8 @@ def test_misclassified_images_are_those_of_every_test(dls, tmp_path):
         assert {type(log_probs), type(targets)} == {torch.Tensor}
     table, named = learn.misclassified.table(), [dls.vocab[o] for o in log_probs.argmax(1)]
     assert 0 < len(table) < 12
-    assert {*zip(table.file, table.predicted, strict=True)} == {
-        (f'test/{f.parent.name}/{f.name}', n) for f, n in zip(dls.valid_ds.items, named, strict=True) if f.parent.name != n}
+    wrong = {(f, o) for f, o in zip(dls.valid_ds.items, named, strict=True) if f.parent.name != o}
+    assert {(dls.path/f, o) for f, o in zip(table.file, table.predicted, strict=True)} == wrong
     assert len(table) == round(12 * (1 - learn.history.rows[-1]['test_accuracy']))
 
 
