@@ -59,11 +59,10 @@ def test_a_finder_without_a_usable_answer(dls, tmp_path, monkeypatch, found):
 def test_a_finder_whose_loss_is_no_number(dls, tmp_path):
     class Spoil(Callback):
         def before_batch(self):
-            if self.train_iter >= self.batch: self.learn.xb = (self.x * math.nan,)
-    learn, spoil = get_learner(dls, precision='fp32', path=tmp_path), Spoil()
-    spoil.batch = 3
-    with fast(learn), learn.added_cbs(spoil):
+            if self.train_iter >= first: self.learn.xb = (self.x * math.nan,)
+    learn, first = get_learner(dls, precision='fp32', path=tmp_path), 3
+    with fast(learn), learn.added_cbs(Spoil()):
         with pytest.raises(RunError, match='^the LR finder found no usable rates'): find_lrs(learn)
-        spoil.batch = 70  # as where it diverges
+        first = 70  # as where it diverges
         lr_min, lr_max = find_lrs(learn)
     assert 1e-7 < lr_min <= lr_max / 10 < 1
