@@ -105,6 +105,11 @@ def test_each_training_image_is_shifted_flipped_and_cut(tmp_path, whole):
     for o in zip(*seen, strict=True): assert any(len({*o[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
 
 
+def test_cutout_leaves_the_image_that_it_is_given():
+    Cutout(8)(x := fv.TensorImage(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), split_idx=0)
+    assert (x == 0).all()
+
+
 def test_get_learner_returns_a_stock_learner_with_the_recipe(dls, tmp_path):
     learn = get_learner(dls, path=tmp_path)
     assert type(learn) is Learner
