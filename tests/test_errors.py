@@ -8,18 +8,13 @@ from lab import errors
 from lab.errors import InputError, RunError, one_line_errors
 
 
-def test_a_console_that_is_no_terminal_or_closed(monkeypatch):
-    monkeypatch.setattr(errors.signal, 'signal', lambda *_: None)
-    for stream in (own := io.StringIO(), None):
+def test_a_notebooks_signals_and_its_console_stay_its_own(monkeypatch):
+    monkeypatch.setattr(errors, 'IN_IPYTHON', True)
+    monkeypatch.setattr(errors.signal, 'signal', None)
+    for stream in (own := io.StringIO(), None):  # or it is closed
         monkeypatch.setattr(sys, 'stdout', stream)
         with one_line_errors('a program'): print('said')
     assert own.getvalue() == 'said\n'
-
-
-def test_a_notebooks_signals_stay_its_own(monkeypatch):
-    monkeypatch.setattr(errors, 'IN_IPYTHON', True)
-    monkeypatch.setattr(errors.signal, 'signal', None)
-    with one_line_errors('a program'): pass
 
 
 def raising(error, *notes):

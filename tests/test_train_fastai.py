@@ -1,18 +1,17 @@
+import contextlib
+import io
 import json
 import math
 import re
-import signal
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SIX_EPOCHS, args, ends, make_folder, one_cycle
+from conftest import SIX_EPOCHS, args, disturbed, ends, interrupt, make_folder, one_cycle
 from fastai.vision import all as fv
-from fastai.vision.all import Callback, Learner, TensorImage, accuracy, cifar_stats
+from fastai.vision.all import Callback, Learner, accuracy, cifar_stats
 from PIL import Image
 from torch import nn
 
@@ -28,28 +27,13 @@ from lab.speed import fast
 from predict import load_run
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, Options, PadCrop, get_dls, get_learner, main
 
-TABLES = {'history.csv', 'schedule.csv', 'misclassified.csv', 'classes.csv'}
 PICTURES = {'augmented.png', 'schedule.png', 'history.png', 'misclassified.png', 'top_losses.png',
             'confusion_matrix.png'}
-FILES = TABLES | PICTURES | {'metrics.json', 'report.md', 'errors.html', 'model.pth'}
-FINDERS = {'lr_find.csv', 'lr_find.png'}
+FILES = PICTURES | {'metrics.json', 'report.md', 'errors.html', 'model.pth', 'history.csv', 'schedule.csv',
+                    'misclassified.csv', 'classes.csv'}
 METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
            'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
            'test_images', 'classes', 'fingerprint', 'versions', 'recipe', 'options', 'commit', 'weights_of_epoch'}
-N = 400
-GREY = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
-
-
-@pytest.fixture
-def batch():
-    """Random images without a pixel of the mean colour."""
-    torch.manual_seed(1)
-    x = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8)
-    x[:, 0][x[:, 0] == MEAN_COLOUR[0]] += 1
-    return TensorImage(x)
-
-
-def is_grey(x): return (x == GREY).all(dim=-3)
 
 
 def test_mean_colour_is_zero_once_normalised():
@@ -57,56 +41,9 @@ def test_mean_colour_is_zero_once_normalised():
         assert abs(colour / 255 - mean) / std <= 0.5 / 255 / std
 
 
-def test_pad_crop_shifts_by_up_to_four_and_reflects(batch):
-    out = PadCrop(4)(batch, split_idx=0)
-    assert (out.shape, out.dtype, type(out)) == (batch.shape, torch.uint8, TensorImage)
-    places = [4, 3, 2, 1, *range(32), 30, 29, 28, 27]
-    padded = batch[:, :, places][:, :, :, places]
-    shifts = set()
-    for img, whole in zip(out, padded, strict=True):
-        found = [(i, j) for i in range(9) for j in range(9) if (whole[:, i:i+32, j:j+32] == img).all()]
-        assert len(found) == 1
-        shifts.update(found)
-    assert {i for i, _ in shifts} == {j for _, j in shifts} == set(range(9))
-    assert len(shifts) > 70  # of 81: each image draws its own
-
-
-def test_cutout_covers_one_8x8_square_inside_the_image(batch):
-    before = batch.clone()
-    out = Cutout(8)(batch, split_idx=0)
-    assert (batch == before).all(), 'changed its input'
-    corners = set()
-    for hole, img, old in zip(is_grey(out), out, before, strict=True):
-        rows, cols = hole.any(1).nonzero()[:, 0], hole.any(0).nonzero()[:, 0]
-        assert len(rows) == len(cols) == 8
-        assert hole.sum() == 64
-        assert (img == old)[:, ~hole].all()
-        corners.add((rows[0].item(), cols[0].item()))
-    assert {i for i, _ in corners} == {j for _, j in corners} == set(range(25))
-
-
-@pytest.mark.parametrize('tfm', [PadCrop(4), FlipLR(), Cutout(8)], ids=lambda t: type(t).__name__)
-def test_each_transform(tfm, batch):
-    """It leaves test images alone, gives the same for an image and a batch of it, and draws anew for each image."""
-    assert (tfm(batch, split_idx=1) == batch).all()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        as_batch = tfm(batch[:1], split_idx=0)[0]
-        torch.manual_seed(seed)
-        as_image = tfm(batch[0], split_idx=0)
-        assert type(as_image) is TensorImage
-        assert (as_image == as_batch).all()
-    same = TensorImage(batch[:1].repeat(64, 1, 1, 1))
-    assert len({img.numpy().tobytes() for img in tfm(same, split_idx=0)}) > 1
-
-
-def test_transforms_come_in_the_assignments_order():
-    assert [type(t) for t in fv.Pipeline([Cutout(), FlipLR(), PadCrop()]).fs] == [PadCrop, FlipLR, Cutout]
-
-
-def load(path, bs: int = 8, whole: bool = True):
+def load(path, whole: bool):
     """The loaders, which make whole batches, or, because of a transform of another kind, item by item."""
-    dls = get_dls(path, bs=bs, item_tfms=[PadCrop(), FlipLR(), Cutout(), *([] if whole else [fv.Transform()])])
+    dls = get_dls(path, bs=8, item_tfms=[PadCrop(), FlipLR(), Cutout(), *([] if whole else [fv.Transform()])])
     assert type(dls.train) is BatchDL
     assert dls.train.makes_whole_batches == whole
     return dls
@@ -141,14 +78,14 @@ def test_each_training_image_is_shifted_flipped_and_cut(tmp_path, whole):
     torch.manual_seed(0)
     dls = load(path, whole=whole)
     mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
-
-    def pixels(batch): return ((batch[0].as_subclass(torch.Tensor) * std + mean) * 255).round().int()
-
-    for batch in dls.valid: assert (pixels(batch) == torch.from_numpy(image).permute(2, 0, 1)).all()
     i, j = torch.meshgrid(torch.arange(32), torch.arange(32), indexing='ij')
     seen = []
-    for img in [img for _ in range(5) for batch in dls.train for img in pixels(batch)]:
+    for img in [img.as_subclass(torch.Tensor) for _ in range(5) for x, _ in dls.train for img in x]:
+        img = ((img * std + mean) * 255).round().int()
         covered = img[2] != 250
+        top, left = (covered.any(dim).nonzero().min().item() for dim in (1, 0))
+        assert covered[top:top + 8, left:left + 8].sum() == covered.sum() == 64
+        assert (img[:, covered] == torch.tensor(MEAN_COLOUR)[:, None]).all()
         inside = ~covered & (i >= 4) & (i < 28) & (j >= 4) & (j < 28)  # never padding
         column, row = img[0, inside] // 4, img[1, inside] // 4
         flipped = (column - j[inside]).unique().numel() > 1
@@ -160,12 +97,17 @@ def test_each_training_image_is_shifted_flipped_and_cut(tmp_path, whole):
         x, y = (31 - (31 - o.abs()).abs() for o in (x, y))  # reflected at the border
         assert (img[0] == 4 * x)[~covered].all()
         assert (img[1] == 4 * y)[~covered].all()
-        seen.append((dx, dy, flipped, covered.sum().item()))
-    dxs, dys, flips, holes = zip(*seen, strict=True)
+        seen.append((dx, dy, flipped, top, left))
+    dxs, dys, flips, tops, lefts = zip(*seen, strict=True)
     assert set(dxs) == set(dys) == set(range(-4, 5))
     assert 40 < sum(flips) < 80  # of 120
-    assert set(holes) == {64}
-    for k in (0, 1, 2): assert any(len({o[k] for o in seen[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
+    assert {0, 24} < {*tops} & {*lefts}, 'the hole lies anywhere inside the image'
+    for o in zip(*seen, strict=True): assert any(len({*o[b:b + 8]}) > 1 for b in range(0, 120, 8)), 'one a batch'
+
+
+def test_cutout_leaves_the_image_that_it_is_given():
+    Cutout(8)(x := fv.TensorImage(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), split_idx=0)
+    assert (x == 0).all()
 
 
 def test_get_learner_returns_a_stock_learner_with_the_recipe(dls, tmp_path):
@@ -183,7 +125,6 @@ def test_a_function_makes_a_network_with_weights_by_the_seed(dls, tmp_path):
                for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert torch.equal(weights[0], get_learner(dls, seed=1, path=tmp_path).model.fc.weight)
 
 
 class BatchLosses(Callback):
@@ -202,18 +143,18 @@ def test_a_real_slice_is_learned_fast_as_by_stock_fastai(sample, tmp_path):
             for file in sorted((sample/split/name).iterdir())[:n]:
                 (tmp_path/'slice'/split/name/file.name).symlink_to(file)
     dls = get_dls(tmp_path/'slice', bs=32)
-    quick = get_learner(dls, ResNet(n_out=3, width=16), path=tmp_path, wd=0.01, label_smoothing=0, ema=0)
-    plain = Learner(dls, ResNet(n_out=3, width=16), opt_func=partial(fv.Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
+    quick = get_learner(dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0)
+    plain = Learner(dls, ResNet(n_out=3), opt_func=partial(fv.Adam, sqr_mom=0.99, eps=1e-5), metrics=accuracy,
                     cbs=[SeedEpochs(42), History()], path=tmp_path)
     plain.model.load_state_dict(quick.model.state_dict())
-    cycle = partial(Learner.fit_one_cycle, n_epoch=3, lr_max=1e-3, div=10, div_final=10, pct_start=5/24)
+    cycle = partial(Learner.fit_one_cycle, n_epoch=3, lr_max=2e-3, div=10, div_final=10, pct_start=5/24)
     with fast(quick): cycle(quick, cbs=(first := BatchLosses()))
     cycle(plain, cbs=(second := BatchLosses()))
     losses, others = torch.tensor(first.batches), torch.tensor(second.batches)
-    # Four seeds kept to half of these bounds; in accuracy, of 150 images, they differed by up to 0.05.
+    # Three seeds kept to half of these bounds; in accuracy, of 150 images, they differed by up to 0.06.
     assert (losses - others)[:3].abs().max() < 0.025
     assert (losses - others).view(3, 18).mean(1).abs().max() < 0.1
-    assert losses[-18:].mean() < 0.6 < 0.9 < losses[:18].mean()
+    assert losses[-18:].mean() < 0.65 < 0.8 < losses[:18].mean()
     assert quick.validate()[-1] > max(0.65, plain.validate()[-1] - 0.15)
 
 
@@ -228,9 +169,7 @@ def test_plain_fastai_from_here_on(dls, folder, tmp_path):
     preds, targets = learn.get_preds()
     assert preds.shape == (12, 3)
     torch.testing.assert_close(preds[0], probabilities)
-    interp = fv.ClassificationInterpretation.from_learner(learn)
-    interp.plot_top_losses(9)
-    assert interp.confusion_matrix().sum() == 12
+    fv.ClassificationInterpretation.from_learner(learn).plot_top_losses(9)
     learn.show_results()
     learn.export()
     with pytest.warns(UserWarning, match='insecure pickle'): again = fv.load_learner(tmp_path/'export.pkl')
@@ -239,12 +178,12 @@ def test_plain_fastai_from_here_on(dls, folder, tmp_path):
 
 @pytest.fixture(scope='module')
 def found(folder, tmp_path_factory):
-    """A run as a user starts it, with the finder: its folder and what it printed."""
-    out = tmp_path_factory.mktemp('runs')/'finder'
-    command = [sys.executable, ROOT/'tests/narrow.py', *args(data=folder, out=out, epochs=2, bs=6)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, '')
-    return out, done.stdout
+    """A run with the finder, which says nothing on stderr: its folder and what it printed."""
+    out, err = tmp_path_factory.mktemp('runs')/'finder', io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(err):
+        main(args(data=folder, out=out, epochs=2, bs=6))
+    assert err.getvalue() == ''
+    return out, printed.getvalue()
 
 
 def read_metrics(out) -> dict: return json.loads((out/'metrics.json').read_text())
@@ -252,7 +191,7 @@ def read_metrics(out) -> dict: return json.loads((out/'metrics.json').read_text(
 
 class TestRunFolder:
     def test_holds_every_file_and_no_other(self, found, folder):
-        assert {f.name for f in found[0].iterdir()} == FILES | FINDERS
+        assert {f.name for f in found[0].iterdir()} == FILES | {'lr_find.csv', 'lr_find.png'}
         assert len(list(folder.rglob('*'))) == 36 + 6 + 2, 'something was written beside the images'
 
     def test_metrics(self, found, folder):
@@ -260,7 +199,12 @@ class TestRunFolder:
         assert set(m) == METRICS
         assert [m[k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')] == pytest.approx(
             [last[k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')])
-        assert m['parameters'] == sum(p.numel() for p in ResNet(n_out=3).parameters())
+        net, weights = ResNet(n_out=3).eval(), torch.load(found[0]/'model.pth', weights_only=True)
+        net.load_state_dict(weights)
+        right = sum((net(x.as_subclass(torch.Tensor)).argmax(1) == y).sum() for x, y in get_dls(folder, bs=6).valid)
+        assert right.item() / 12 == pytest.approx(m['test_accuracy'])
+        assert all(w.is_contiguous() for w in weights.values())
+        assert m['parameters'] == sum(p.numel() for p in net.parameters())
         assert (m['epochs'], m['weights_of_epoch'], m['batch_size'], m['seed']) == (2, 2, 6, 42)
         assert (m['train_images'], m['test_images'], m['classes']) == (24, 12, ['blue', 'green', 'red'])
         assert 0 < m['seconds_training'] < m['seconds_total']
@@ -287,35 +231,20 @@ class TestRunFolder:
         assert len(wrong) == round(12 * (1 - m['test_accuracy']))
         assert wrong.loss.is_monotonic_decreasing
 
-    def test_figures_show_something(self, found):
+    def test_figures_show_something_and_the_report_shows_them(self, found):
+        links = re.findall(r'\]\((.*?)\)', (found[0]/'report.md').read_text())
+        assert PICTURES | {'lr_find.png'} <= set(links)
+        assert all((found[0]/link).exists() for link in links)
         for file in found[0].glob('*.png'):
             image = Image.open(file)
             assert image.width >= 800, file
             assert image.height >= (350 if file.name == 'misclassified.png' else 400), file  # of a single line
             assert len(image.convert('RGB').getcolors(10**6)) > 20, file
 
-    def test_report_shows_every_figure_and_the_numbers(self, found):
-        text, m = (found[0]/'report.md').read_text(), read_metrics(found[0])
-        links = re.findall(r'\]\((.*?)\)', text)
-        assert {f.name for f in found[0].glob('*.png')} <= set(links)
-        assert all((found[0]/link).exists() for link in links)
-        for part in (f'{m["parameters"]:,}', f'{100 * m["test_accuracy"]:.2f} %', '6,573,130', '98.60 %', '93.07 %'):
-            assert part in text
-
-    def test_weights_give_the_recorded_accuracy(self, found, folder):
-        net, weights = ResNet(n_out=3), torch.load(found[0]/'model.pth', weights_only=True)
-        assert all(w.is_contiguous() for w in weights.values())
-        net.load_state_dict(weights)
-        net.eval()
-        right = sum((net(x.as_subclass(torch.Tensor)).argmax(1) == y).sum() for x, y in get_dls(folder, bs=6).valid)
-        assert right.item() / 12 == pytest.approx(read_metrics(found[0])['test_accuracy'])
-
     def test_what_is_printed(self, found):
         (out, printed), m = found, read_metrics(found[0])
-        accuracies = (f'{name} accuracy {100 * m[f"{key}_accuracy"]:.2f} %' for name, key in
-                      (('Training', 'train'), ('test', 'test')))
-        for part in (f'LRMIN {m["lr_min"]:.2e}', f'LRMAX {m["lr_max"]:.2e}', f'{m["parameters"]:,} parameters',
-                     *accuracies, str(out), '24 training and 12 test images', 'first epoch over 90 %'):
+        for part in (f'LRMIN {m["lr_min"]:.2e}, LRMAX {m["lr_max"]:.2e}', f'{m["parameters"]:,} parameters', str(out),
+                     f'test accuracy {100 * m["test_accuracy"]:.2f} %', '24 training and 12 test images'):
             assert part in printed
         lines = [line for line in printed.splitlines() if line.startswith('epoch')]
         for line, row in zip(lines, pd.read_csv(out/'history.csv').to_dict('records'), strict=True):
@@ -326,13 +255,10 @@ class TestRunFolder:
 
 
 BAD_OPTIONS = [
-    dict(epochs=0), dict(epochs=-3), dict(bs=0), dict(seed=-1), dict(seed=2**32), dict(lr_min=1e-3),
-    dict(lr_min=None, lr_max=1e-3), dict(lr_min=1e-2, lr_max=1e-3), dict(lr_min=1e-3, lr_max=1e-3),
-    dict(lr_min=0., lr_max=1e-3), dict(lr_min=1e-3, lr_max=math.inf), dict(lr_min=math.nan, lr_max=1e-3),
-    dict(lr_end=0.), dict(lr_end=-1), dict(lr_end=math.inf), dict(lr_end=math.nan),
-    dict(lr_end=2e-3, lr_min=1e-4, lr_max=1e-3), dict(wd=-1), dict(wd=math.inf), dict(wd=math.nan),
-    dict(label_smoothing=1), dict(label_smoothing=-0.1), dict(ema=1), dict(ema=-0.1),
-    dict(ema=math.nan)]
+    dict(epochs=0), dict(bs=0), dict(seed=2**32), dict(lr_min=1e-3), dict(lr_min=None, lr_max=1e-3),
+    dict(lr_min=1e-3, lr_max=1e-3), dict(lr_min=0., lr_max=1e-3), dict(lr_min=1e-3, lr_max=math.inf), dict(lr_end=0.),
+    dict(lr_end=math.nan), dict(lr_end=2e-3, lr_min=1e-4, lr_max=1e-3), dict(wd=-1), dict(wd=math.inf),
+    dict(label_smoothing=1), dict(ema=1), dict(ema=math.nan)]
 
 
 @pytest.mark.parametrize('change', BAD_OPTIONS, ids=str)
@@ -359,32 +285,25 @@ def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, mon
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('given', [('--resu', 'out', '--bs=512'), ('--b', '512', '--resume', 'out')], ids=str)
-def test_shortened_options_count_as_given(tmp_path, capsys, monkeypatch, given):
-    monkeypatch.chdir(tmp_path)
-    assert ends(capsys, 2, main, *given) == 'error: --bs does not go with --resume, which takes --data alone\n'
-
-
-@pytest.mark.parametrize('error', [ValueError('no\npicture'), OSError(28, 'No space left on device')], ids=repr)
-def test_a_picture_that_cannot_be_drawn_costs_a_line(folder, run, tmp_path, capsys, monkeypatch, error):
-    def fail(*_): raise error
+def test_a_picture_that_cannot_be_drawn_costs_a_line(folder, tmp_path, capsys, monkeypatch):
+    def fail(*_): raise ValueError('no\npicture')
     for name in ('augmented', 'schedule', 'history', 'misclassified', 'confusions', 'top_losses'):
         monkeypatch.setattr(figures, f'draw_{name}', fail)
     monkeypatch.setattr(results, 'write_page', fail)
     main(args(data=folder, out=tmp_path/'out', epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3))
     err = capsys.readouterr().err
-    assert err.count(f'was not written: {" ".join(str(error).split())}\n') == err.count('\n') == 7
-    assert {f.name for f in run.iterdir()} - {f.name for f in (tmp_path/'out').iterdir()} == PICTURES | {'errors.html'}
+    assert err.count('was not written: no picture\n') == err.count('\n') == 7
+    assert {f.name for f in (tmp_path/'out').iterdir()} == FILES - PICTURES - {'errors.html'}
 
 
-def test_a_loss_that_is_no_number_keeps_the_record(folder, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_no_number_keeps_the_record(folder, tmp_path, capsys, monkeypatch, no_pictures):
     def spoil(self):
         if self.training and self.epoch == 2 and self.iter == 1: self.learn.xb = (self.x * math.nan,)
     monkeypatch.setattr(SeedEpochs, 'before_batch', spoil, raising=False)
     line = ends(capsys, 1, main, data=folder, out=(out := tmp_path/'out'), **SIX_EPOCHS)
     assert line.startswith('error: the loss was not finite at batch 2 of 3 of epoch 3; lower --lr-max')
+    assert 'resume' not in line, 'it would happen again'
     assert len(pd.read_csv(out/'history.csv')) == 2
-    assert (out/'schedule.png').exists()
     assert not (out/'model.pth').exists()
 
 
@@ -401,22 +320,22 @@ def test_the_rate_cannot_end_above_a_peak_that_was_found(folder, tmp_path, capsy
     assert '--lr-end 0.002 is not in 0 < LR <= LRMAX = 0.001' in line
 
 
-def test_a_quick_look_is_short_whatever_else_is_said(tmp_path, capsys):
+def test_a_quick_look_is_short_also_when_it_is_resumed(tmp_path, capsys, no_pictures):
     path, out = make_folder(tmp_path/'d', train=41, test=11), tmp_path/'out'
     (out/'models/rest').mkdir(parents=True)  # somebody else's
     message = 'has 15 training images, taking one in 10, fewer than one batch of 64'
     assert message in ends(capsys, 2, main, data=path, out=out, quick=True)
-    main(args(data=path, out=out, quick=True, bs=4, lr_min=1e-4, lr_max=1e-3))
-    assert 'A quick look' in capsys.readouterr().out
+    with disturbed(interrupt): ends(capsys, 130, main, data=path, out=out, quick=True, bs=4, lr_min=1e-4, lr_max=1e-3)
+    main(args(resume=out))
     m = read_metrics(out)
     assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (4, 4, 15, 6)
+    assert len(pd.read_csv(out/'history.csv')) == 4
     assert (out/'models/rest').exists()
     assert f'--data {path} --epochs 4 --bs 4 --lr-min 0.0001 --lr-max 0.001 --quick\n' in (out/'report.md').read_text()
 
 
 def test_a_run_of_another_network_is_loaded_into_it(folder, tmp_path, capsys, monkeypatch, no_pictures):
-    def small(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(),
-                                      nn.Linear(32, 3))
+    def small(): return nn.Sequential(nn.MaxPool2d(8), nn.Flatten(), nn.Linear(48, 3))
     monkeypatch.setattr(train_fastai, 'get_learner', partial(get_learner, model=small))
     main(args(data=folder, out=(out := tmp_path/'out'), **SIX_EPOCHS))
     line = f'{out}/model.pth does not hold the weights of ResNet; load_run(…, model=…) takes another network'
@@ -431,7 +350,7 @@ def test_a_run_of_another_network_is_loaded_into_it(folder, tmp_path, capsys, mo
 def test_an_interrupted_finder_leaves_nothing_in_the_way(folder, tmp_path, capsys, monkeypatch, no_pictures):
     class Interrupt(Callback):
         def before_batch(self):
-            if hasattr(self, 'lr_finder') and self.iter == 1: signal.raise_signal(signal.SIGINT)
+            if hasattr(self, 'lr_finder') and self.iter == 1: interrupt()
     monkeypatch.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
     options = dict(data=folder, out=tmp_path/'out', epochs=1, bs=6)
     for _ in range(2): assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
