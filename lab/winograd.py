@@ -122,12 +122,13 @@ class Winograd(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         x, u = nhwc(x), transform_weight(weight).transpose(0, 1)
-        grad_x, grad_u = torch.empty_like(x), u.new_zeros(u.shape)
+        grad_x, grad_u = torch.empty_like(x), None
         for c, x_part, grad_part, grad_x_part in in_chunks(len(weight), x, nhwc(grad), grad_x):
             c.result_tiles.copy_(in_tiles(grad_part))
             transform(c.from_result, c.result, out=c.y)
             c.read(x_part)
-            grad_u.baddbmm_(c.y_by_tile.transpose(1, 2), c.x_by_tile)
+            products = c.y_by_tile.transpose(1, 2), c.x_by_tile
+            grad_u = torch.bmm(*products) if grad_u is None else grad_u.baddbmm_(*products)
             torch.bmm(c.y_by_tile, u, out=c.x_by_point)
             c.write_gradient(grad_x_part)
         grad_weight = transform(torch.kron(WEIGHT, WEIGHT).to(x).T, grad_u.transpose(0, 1)).view(len(weight), 3, 3, -1)

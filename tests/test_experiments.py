@@ -112,15 +112,6 @@ def test_the_numbers_in_prose_are_those_of_the_results(results):
         assert set() < {*re.findall(r'[\d.]+ ± [\d.]+', text)} <= true
     for text in (README, train_fastai.__doc__): assert format_percent(gpu.accuracy) in text
 
-    differences = ('{} points more (standard error {})', 'With averaged weights it is {} points ({})',
-                   'this is {} points (standard error {})', 'with flip averaging {} ({})')
-    pairs, page = [*zip(few, many, strict=True), *((gpu[k], cpu[k]) for k in both)], ' '.join(PAGE.split())
-    for (a, b), text in zip(pairs, differences, strict=True):
-        assert text.format(f'{100 * (b.mean() - a.mean()):.2f}', f'{100 * (a.sem()**2 + b.sem()**2)**0.5:.2f}') in page
-    gains = [100 * (b.reset_index(drop=True) - a.reset_index(drop=True)) for a, b in (few, many)]
-    assert 'gains {:.2f} points at a quarter of LRMAX and {:.2f} at'.format(*(g.mean() for g in gains)) in page
-    assert 'errors of {:.2f} and {:.2f}'.format(*(g.sem() for g in gains)) in page
-
 
 def test_another_checkout_is_what_is_measured(tmp_path):
     (tmp_path/'lab.py').write_text("raise SystemExit('another version')")

@@ -165,10 +165,7 @@ def test_plain_fastai_from_here_on(dls, folder, tmp_path):
     file = learn.dls.valid_ds.items[0]
     name, index, probabilities = learn.predict(file)
     assert learn.dls.vocab[index] == name
-    assert probabilities.sum().item() == pytest.approx(1)
-    preds, targets = learn.get_preds()
-    assert preds.shape == (12, 3)
-    torch.testing.assert_close(preds[0], probabilities)
+    torch.testing.assert_close(learn.get_preds()[0][0], probabilities)
     fv.ClassificationInterpretation.from_learner(learn).plot_top_losses(9)
     learn.show_results()
     learn.export()
