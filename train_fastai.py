@@ -77,11 +77,10 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     """`DataLoaders` of the data folder `path` (see `image_files`), built by a `DataBlock`.
 
     Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
-    (bs,). Training images are shuffled and augmented, and the last partial batch is dropped. Of each class one image in
-    `every` is used; `resize` takes the centre square of images of other sizes. All images are decoded once, and each
-    `Augmentation` works on whole batches; with any other item transform, or with `num_workers`, images are read and
-    augmented one by one. Without folders for the two sets, `valid_pct` of every class become test images. Raises
-    `InputError`.
+    (bs,). Training images are shuffled and augmented, and the last partial batch is dropped. One image in `every` of a
+    class is used; `resize` takes the centre square of images of other sizes. An `Augmentation` works on whole batches
+    of decoded images; with any other item transform, or with `num_workers`, images are read and augmented one by one.
+    Without folders for the two sets, `valid_pct` of every class become test images. Raises `InputError`.
     """
     try: files = image_files(path, every, split=valid_pct is None)
     except OSError as e: raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
@@ -93,9 +92,7 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
                       batch_tfms=[*(batch_tfms or []), Normalize.from_stats(*cifar_stats)])
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers, device=device)
     if len(dls.train) == 0:
-        share = f', taking one in {every}' if every > 1 else ''
-        raise InputError(f'{path} has {len(dls.train_ds)} training images{share}, fewer than one batch of {bs}; '
-                         'lower --bs')
+        raise InputError(f'{len(dls.train_ds)} training images are fewer than one batch of {bs}; lower --bs')
     return cache_images(dls, resize) if all(isinstance(tfm, Augmentation) for tfm in item_tfms) else dls
 
 

@@ -320,7 +320,7 @@ def test_the_rate_cannot_end_above_a_peak_that_was_found(folder, tmp_path, capsy
 def test_a_quick_look_is_short_also_when_it_is_resumed(tmp_path, capsys, no_pictures):
     path, out = make_folder(tmp_path/'d', train=41, test=11), tmp_path/'out'
     (out/'models/rest').mkdir(parents=True)  # somebody else's
-    message = 'has 15 training images, taking one in 10, fewer than one batch of 64'
+    message = '15 training images are fewer than one batch of 64'
     assert message in ends(capsys, 2, main, data=path, out=out, quick=True)
     with disturbed(interrupt): ends(capsys, 130, main, data=path, out=out, quick=True, bs=4, lr_min=1e-4, lr_max=1e-3)
     main(args(resume=out))
