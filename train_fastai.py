@@ -78,21 +78,22 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
 
     Batches are `TensorImage` (bs, 3, 32, 32) float32, normalised with CIFAR-10's statistics, and `TensorCategory`
     (bs,). Training images are shuffled and augmented, and the last partial batch is dropped. One image in `every` of a
-    class is used; `resize` takes the centre square of images of other sizes. An `Augmentation` works on whole batches
-    of decoded images; with any other item transform, or with `num_workers`, images are read and augmented one by one.
-    Without folders for the two sets, `valid_pct` of every class become test images. Raises `InputError`.
+    class is used; `resize` takes the centre square of images of other sizes. An `Augmentation` works on whole batches;
+    with other item transforms, or with `num_workers`, images are augmented one by one and end at 32×32, too. Without
+    folders for the two sets, `valid_pct` of every class become test images. Raises `InputError`.
     """
     try: files = image_files(path, every, split=valid_pct is None)
     except OSError as e: raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
-    if item_tfms is None: item_tfms = [PadCrop(4), FlipLR(), Cutout(8)]
+    if valid_pct is not None and not 0 < valid_pct < 1: raise InputError(f'valid_pct {valid_pct} is not in 0 … 1')
+    item_tfms = [PadCrop(4), FlipLR(), Cutout(8)] if item_tfms is None else L(item_tfms)
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,
                       splitter=FuncSplitter(lambda file: file.parent.parent.name != 'train') if valid_pct is None else
                       TrainTestSplitter(valid_pct, random_state=42, stratify=[file.parent.name for file in files]),
                       item_tfms=[CenterResize(), *item_tfms], dl_type=BatchDL,
-                      batch_tfms=[*(batch_tfms or []), Normalize.from_stats(*cifar_stats)])
+                      batch_tfms=[*L(batch_tfms), Normalize.from_stats(*cifar_stats)])
     dls = block.dataloaders(path, path=path, bs=bs, num_workers=num_workers, device=device)
     if len(dls.train) == 0:
-        raise InputError(f'{len(dls.train_ds)} training images are fewer than one batch of {bs}; lower --bs')
+        raise InputError(f'{len(dls.train_ds)} training images are fewer than one batch of {bs}; lower bs (--bs)')
     return cache_images(dls, resize) if all(isinstance(tfm, Augmentation) for tfm in item_tfms) else dls
 
 
@@ -184,7 +185,7 @@ class Options:
     label_smoothing: Annotated[float, 'label smoothing (training loss only)'] = 0.1
     ema: Annotated[float, 'decay of the moving average of the weights, which is tested and saved; 0 for none'] = 0.99
     precision: Annotated[str, 'auto picks the fastest the hardware supports', dict(choices=PRECISIONS)] = 'auto'
-    plain: Annotated[bool, "the assignment's letter: padding with zeros, wd 0.01, no smoothing, no average"] = False
+    plain: Annotated[bool, "the assignment's letter: padding with grey, wd 0.01, no smoothing, no average"] = False
     resize: Annotated[bool, 'take the centre square of images that are not 32×32'] = False
     quick: Annotated[bool, 'a quick look: a tenth of the images, at most 4 epochs, batches of at most 64'] = False
     resume: Annotated[str, 'folder of an interrupted run to resume, under its own options'] = None

@@ -23,7 +23,7 @@ def list_images(path: Path) -> L:
     kinds = Image.registered_extensions()
     files = groupby(get_files(path).sorted(), lambda f: kinds.get(f.suffix.lower()) in Image.OPEN)
     if others := files.get(False):
-        print(f'{path}: {len(others)} files that are no images are left out, as {others[0].name}', file=sys.stderr)
+        print(f'{path}: files left out, since they are no images: {len(others)}, as {others[0].name}', file=sys.stderr)
     return L(files.get(True))
 
 
@@ -36,11 +36,12 @@ def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     path = Path(path)
     test = first(('test', 'valid', 'val'), lambda name: (path/name).is_dir()) or 'test'
     splits = [path/test, path/'train'] if split else [path]
-    for folder in splits:
+    for folder in (path, *splits):
         if not folder.is_dir():
             raise InputError(f'there is no folder {folder}; images belong in train/<class>/ and test/<class>/ (or '
-                             'valid/, val/); get_dls(path, valid_pct=0.2) takes <class>/ alone')
+                             'valid/, val/); in Python get_dls(path, valid_pct=0.2) takes <class>/ alone')
     classes = {o.name for folder in splits for o in folder.iterdir() if o.is_dir() and o.name[0] != '.'}
+    if not split and 'train' in classes: raise InputError(f'{path} is split already; leave out valid_pct')
     if len(classes) < 2: raise InputError(f'{splits[-1]} has fewer than two class folders')
     images = groupby(L(splits).map(list_images).concat(), lambda f: f.parent)
     if split and (wrong := {*images} ^ {folder/name for folder in splits for name in classes}):

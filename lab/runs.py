@@ -126,6 +126,7 @@ class Checkpoint(TrainingCallback):
         else: self.skip = self.restore(**self.of.state) if self.fits == done else self.n_epoch
         self.running = [(cb, cb.run) for cb in self.learn.cbs if not isinstance(cb, Checkpoint | ProgressCallback)]
         for cb, _ in self.running if self.skip else (): vars(cb)['run'] = False
+        if self.fits == done: print(f'Going on after epoch {self.skip} of {self.n_epoch}.', flush=True)
 
     def before_epoch(self):
         if self.epoch < self.skip: raise CancelEpochException

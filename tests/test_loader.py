@@ -209,7 +209,7 @@ def test_folders_of_other_names_and_files_of_other_kinds(tmp_path, capsys, names
     assert list(dls.vocab) == ['blue', 'green', 'très rouge 赤']
     assert {f.parent.parent.name for f in dls.valid_ds.items} == {taken}
     assert (len(dls.train_ds), len(dls.valid_ds)) == (24, 12)
-    assert '2 files that are no images are left out, as labels.json\n' in capsys.readouterr().err
+    assert 'files left out, since they are no images: 2, as labels.json\n' in capsys.readouterr().err
 
 
 def test_a_share_of_the_images_becomes_the_test_set(folder):
@@ -219,3 +219,5 @@ def test_a_share_of_the_images_becomes_the_test_set(folder):
     assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
     assert dls.valid_ds.items == get_dls(folder/'train', bs=8, valid_pct=0.25).valid_ds.items
     assert dls.train.makes_whole_batches
+    for path, share, message in ((folder, 0.25, 'is split already'), (folder/'train', 20, 'valid_pct 20 is not in')):
+        with pytest.raises(InputError, match=message): get_dls(path, bs=8, valid_pct=share)

@@ -43,7 +43,7 @@ def test_first_process_alone_prints(two):
     assert resumed.splitlines()[-1] == f'Results: {out}'
     assert ' 2 × cpu' in killed
     for said, counts in ((killed, [1, 1, 1, 0]), (resumed, [1, 0, 0, 1])):
-        assert [said.count(o) for o in ('Reading', 'Finding', 'epoch 0', 'epoch 1')] == counts
+        assert [said.count(o) for o in ('Reading', 'Finding', 'epoch 0  ', 'epoch 1  ')] == counts
 
 
 def test_both_share_an_epoch_and_end_with_equal_weights(two):
