@@ -12,7 +12,7 @@ from PIL import Image
 
 from lab.errors import InputError
 from lab.loader import Augmentation, RGBImage, decode_images, image_files, open_image
-from train_fastai import get_dls, get_learner, main
+from train_fastai import FlipLR, get_dls, get_learner, main
 
 
 def test_an_epoch_shows_every_image_once_and_anew_each_time(dls):
@@ -217,7 +217,7 @@ def test_a_share_of_the_images_becomes_the_test_set(folder):
     assert (len(dls.train_ds), len(dls.valid_ds)) == (18, 6)
     assert [f.parent.name for f in dls.valid_ds.items].count('red') == 2
     assert not {*dls.train_ds.items} & {*dls.valid_ds.items}
-    assert dls.valid_ds.items == get_dls(folder/'train', bs=8, valid_pct=0.25).valid_ds.items
+    assert dls.valid_ds.items == get_dls(folder/'train', bs=8, valid_pct=0.25, item_tfms=FlipLR()).valid_ds.items
     assert dls.train.makes_whole_batches
     for path, share, message in ((folder, 0.25, 'is split already'), (folder/'train', 20, 'valid_pct 20 is not in')):
         with pytest.raises(InputError, match=message): get_dls(path, bs=8, valid_pct=share)
