@@ -68,7 +68,8 @@ def test_it_says_what_was_different():
                   options=OPTIONS | dict(lr_min=1.6e-4, lr_end=1.6e-6, quick=True, plain=True),
                   recipe=RECIPE | dict(label_smoothing=0., ema=0., wd=0., augmentation=[]))
     for part in ('not reached', '| first epoch over 90 % test accuracy | none |', ', given |', '`--plain`',
-                 '- **Size:** 6 epochs', '# Quick look: 92.73 % in 6 epochs', '**A quick look**', 'ended after 6 epochs; 24 were planned',
+                 '- **Size:** 6 epochs', '# Quick look: 92.73 % in 6 epochs', '**A quick look**',
+                 'ended after 6 epochs; 24 were planned',
                  'tested after epoch 3', '| those of the last step |', 'no weight decay |', 'cutout 8×8 | none |'):
         assert part in text, part
     for part in ('lr_find.png', 'no annihilation', 'smooth', 'averaged', 'commit'): assert part not in text
