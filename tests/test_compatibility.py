@@ -107,7 +107,8 @@ HABITS = dict(
     mixup=fit_with(fv.MixUp), accumulation=fit_with(fv.GradientAccumulation, n_acc=16),
     clip=fit_with(fv.GradientClip, 0.1), plateau=fit_with(fv.ReduceLROnPlateau, min_delta=100., epochs=4),
     stats=fit_with(fv.ActivationStats, find=lambda cb: np.array([[o['mean'], o['std']] for o in cb.stats[0]])),
-    lr_find=lambda learn: (learn.lr_find(num_it=30, show_plot=False)[0], [float(o) for o in learn.recorder.losses]),
+    lr_find=lambda learn: learn.lr_find(end_lr=1e-3, num_it=12, show_plot=False) and [
+        float(o) for o in learn.recorder.losses],
     predict=lambda learn: learn.predict(learn.dls.valid_ds.items[0], with_input=True), export=exported, copied=copied)
 
 
