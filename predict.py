@@ -85,7 +85,8 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
     if len(paths) > 1 or all(f.parent in (root, root.parent) for f in files): return files, None
     for f in files:
         if f.parent.parent != root or f.parent.name not in vocab:
-            raise InputError(f'{f} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}')
+            test = f'; the test images are in {root/"test"}' if (root/'test').is_dir() else ''
+            raise InputError(f'{f} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}{test}')
     return files, [vocab.index(f.parent.name) for f in files]
 
 

@@ -151,9 +151,10 @@ def test_centre_square_of_a_larger_image(tmp_path):
 @pytest.mark.parametrize(('images', 'message'), [
     ([], 'no image was given'), (['empty'], 'there are no images in empty'), (['none.png'], 'none.png cannot be read'),
     (['text.png'], 'text.png cannot be read as an image'),
-    (['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class: eval/blue|green|red\n')])
+    (['eval'], 'eval/pink/0.png is not in a sub-folder with the name of a class: eval/blue|green|red\n'),
+    (['d'], 'with the name of a class: d/blue|green|red; the test images are in d/test\n')])
 def test_bad_images_are_one_line(run, tmp_path, capsys, monkeypatch, images, message):
-    for name in ('eval/red/0.png', 'eval/pink/0.png', 'text.png'):
+    for name in ('eval/red/0.png', 'eval/pink/0.png', 'd/test/red/0.png', 'text.png'):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).write_text('hello')
     (tmp_path/'empty').mkdir()
