@@ -51,7 +51,7 @@ class History(TrainingCallback):
 
     def after_batch(self):
         if self.start is None or not len(self.yb): return
-        means = self.learn.loss.mean(), accuracy(self.pred, *self.yb), torch.ones_like(self.learn.loss.mean())
+        means = (loss := self.learn.loss.mean()), accuracy(self.pred, *self.yb), torch.ones_like(loss)
         self.sums.append(torch.stack([o.detach().as_subclass(Tensor).float() for o in means]) * find_bs(self.yb))
         if not self.training: return
         hypers = self.opt.hypers[-1]  # set by the scheduler before the batch: what its step used

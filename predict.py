@@ -103,7 +103,8 @@ def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> 
 def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
     """The accuracy, in words and tables; `log_probs`, and `flipped` of mirror images, (N, classes), `targets` (N,)."""
     def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
-    confused = list_confusions(targets, log_probs.argmax(1), vocab)
+    actual, predicted = (np.array(vocab)[o] for o in (targets, log_probs.argmax(1)))
+    confused = list_confusions(pd.DataFrame(dict(actual=actual, predicted=predicted)))
     return f'''{len(targets):,} images
 accuracy                     {accuracy(log_probs)}
 accuracy, flip averaging     {accuracy((log_probs + flipped) / 2)}   (mean log-probability of image and mirror)

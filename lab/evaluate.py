@@ -25,11 +25,10 @@ def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd
     return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})
 
 
-def list_confusions(targets: Tensor, predicted: Tensor, vocab: list[str], n: int = 10) -> pd.DataFrame:
-    """The at most `n` most frequent errors as `actual, predicted, images`; `targets`, `predicted` (N,) int64."""
-    vocab = np.array(vocab)
-    pairs = pd.DataFrame(dict(actual=vocab[targets], predicted=vocab[predicted]))[(targets != predicted).numpy()]
-    return pairs.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(n, 'images')
+def list_confusions(answers: pd.DataFrame, n: int = 10) -> pd.DataFrame:
+    """The at most `n` most frequent errors in `answers` (`actual, predicted`), each with its number of `images`."""
+    wrong = answers[answers.actual != answers.predicted]
+    return wrong.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(n, 'images')
 
 
 def list_misclassified(log_probs: Tensor, targets: Tensor, files: Sequence[Path], vocab: list[str], path: Path

@@ -42,4 +42,4 @@ def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tens
     return TEMPLATES.get_template('page.html').render(
         m=m, data=data, columns=COLUMNS, few=len(names) <= 12,
         sheets=[encode(draw_sheet(part)) for part in images.split(COLUMNS ** 2)],
-        charts={file.stem: encode(file.read_bytes()) for file in folder.glob('*.png')})
+        encode=encode, charts={file.stem: file for file in folder.glob('*.png')})

@@ -5,6 +5,8 @@ from typing import Any
 
 from fastai.vision.all import *
 
+replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
+
 
 @contextlib.contextmanager
 def join_processes():
@@ -43,7 +45,6 @@ def data_parallel(learn: Learner):
     with contextlib.ExitStack() as stack:
         if num_distrib() > 1:
             import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
-            part = learn.dls.train.bs // num_distrib()
-            stack.enter_context(contextlib.contextmanager(replacing_yield)(learn.dls.train, 'bs', part))
+            stack.enter_context(replaced(learn.dls.train, 'bs', learn.dls.train.bs // num_distrib()))
             stack.enter_context(learn.distrib_ctx(sync_bn=next(learn.model.parameters()).is_cuda))
         yield

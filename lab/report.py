@@ -6,6 +6,8 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from lab.evaluate import list_confusions
+
 
 def percent(share: float, decimals: int = 1) -> str:
     """`share` as 92.7 %, and a dash for NaN."""
@@ -34,7 +36,6 @@ def write_report(m: dict, command: str, history: list[dict], schedule: list[dict
 
     The others are the contents of its metrics.json, history.csv, schedule.csv, misclassified.csv and classes.csv.
     """
-    confused = wrong.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(3, 'images')
     return TEMPLATES.get_template('report.md').render(
         m=m, o=m['options'], recipe=m['recipe'], command=command, history=history, schedule=schedule, wrong=len(wrong),
-        classes=classes.to_dict('records'), confused=confused.to_dict('records'))
+        classes=classes.to_dict('records'), confused=list_confusions(wrong, 3).to_dict('records'))

@@ -13,10 +13,10 @@ from fastai.vision.all import *
 
 from lab.errors import InputError
 from lab.optim import match_layout
+from lab.processes import replaced
 from lab.winograd import MIN_CHANNELS, WinogradConv2d, is_plain_3x3
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
-replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
 SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (docs/speed.md)
 
 

@@ -1,6 +1,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import fit
@@ -31,10 +32,11 @@ def test_class_scores():
 
 def test_most_confused():
     log_probs, targets = answers(COUNTS)
-    confused = list_confusions(targets, log_probs.argmax(1), VOCAB)
+    actual, predicted = (np.array(VOCAB)[o] for o in (targets, log_probs.argmax(1)))
+    confused = list_confusions(pd.DataFrame(dict(actual=actual, predicted=predicted)))
     assert list(confused) == ['actual', 'predicted', 'images']
     assert rows(confused) == [('eel', 'cat', 4), ('cat', 'd|g', 2), ('cat', 'eel', 1), ('eel', 'd|g', 1)]
-    assert rows(list_confusions(targets, targets, VOCAB)) == []
+    assert rows(list_confusions(pd.DataFrame(dict(actual=actual, predicted=actual)))) == []
 
 
 def test_misclassified_against_a_count_by_hand(dls, folder):
