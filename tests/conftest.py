@@ -1,4 +1,5 @@
 import ctypes
+import json
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ os.environ['MPLBACKEND'] = 'Agg'  # also for the programs that tests start
 
 import numpy as np
 import pytest
+import torch
 from fastai.vision.all import Callback, MixedPrecision
 from narrow import ROOT  # noqa: F401, for all; importing it gives networks an eighth of their width
 from PIL import Image
@@ -52,6 +54,17 @@ def fit(learn, epochs: int = 2, lr_end: float = LR_MIN, **kwargs):
     return learn
 
 
+def weights(learn) -> dict:
+    """A copy of the weights and statistics of its model."""
+    return {k: v.clone() for k, v in learn.model.state_dict().items()}
+
+
+def equal(one: dict, other: dict) -> bool: return all(torch.equal(one[k], other[k]) for k in one)
+
+
+def read_metrics(out: Path) -> dict: return json.loads((out/'metrics.json').read_text())
+
+
 def args(*given, **options) -> list[str]:
     """The arguments of a `main`: those given, then options, as `bs=8, quick=True` for `--bs 8 --quick`."""
     for name, value in options.items(): given += f'--{name.replace("_", "-")}', *(() if value is True else (value,))
@@ -81,6 +94,13 @@ class Interrupt(Callback):
 
     def after_pred(self):
         if self.training and self.train_iter == 2: raise KeyboardInterrupt
+
+
+class Spoil(Callback):
+    """Makes the images of batch `i` of an epoch's training, or of its test, no numbers."""
+    def __init__(self, training: bool, epoch: int, i: int): self.at = training, epoch, i
+    def before_batch(self):
+        if (self.training, self.epoch, self.iter) == self.at: self.learn.xb = (self.xb[0] * math.nan,)
 
 
 class Malicious:

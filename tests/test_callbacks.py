@@ -4,7 +4,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import LR_MAX, LR_MIN, fit, one_cycle
+from conftest import LR_MAX, LR_MIN, Spoil, equal, fit, one_cycle, weights
 from fastai.vision import all as fv
 from fastai.vision.all import Callback, CancelFitException, SaveModelCallback, accuracy, error_rate
 from torch import nn
@@ -13,12 +13,6 @@ from lab.errors import RunError
 from train_fastai import get_learner
 
 make = partial(get_learner, precision='fp32')
-
-
-def weights(learn) -> dict: return {k: v.clone() for k, v in learn.model.state_dict().items()}
-
-
-def equal(one: dict, other: dict) -> bool: return all(torch.equal(one[k], other[k]) for k in one)
 
 
 def rows(learn) -> list[dict]: return [row | dict(seconds=0) for row in learn.history.rows]
@@ -153,13 +147,6 @@ def test_the_same_seed_gives_the_same_run_whatever_drew_before(dls, tmp_path):
     assert rows(runs[0]) == rows(runs[1])
     assert equal(*map(weights, runs))
     assert rows(fit(make(dls, seed=8, path=tmp_path))) != rows(runs[0])
-
-
-class Spoil(Callback):
-    """Makes the images of batch `i` of an epoch's training, or of its test, no numbers."""
-    def __init__(self, training: bool, epoch: int, i: int): self.at = training, epoch, i
-    def before_batch(self):
-        if (self.training, self.epoch, self.iter) == self.at: self.learn.xb = (self.xb[0] * math.nan,)
 
 
 @pytest.mark.parametrize(('at', 'where', 'cb'), [

@@ -1,12 +1,11 @@
 """What only a CUDA GPU can show; skipped where there is none."""
-import json
 import subprocess
 import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ROOT, Interrupt, args, disturbed, interrupt, make_folder
+from conftest import ROOT, Interrupt, Spoil, args, disturbed, equal, interrupt, make_folder, read_metrics, weights
 from fastai.vision import all as fv
 from fastai.vision.all import Callback, ClassificationInterpretation, default_device, set_seed
 from torch.nn import functional as F
@@ -45,7 +44,7 @@ def on_the_cpu():
 
 
 def test_a_whole_run_and_its_predictions(run, path, capsys):
-    m = json.loads((run/'metrics.json').read_text())
+    m = read_metrics(run)
     assert m['device'] == torch.cuda.get_device_name()
     assert m['precision'] == ('bf16' if torch.cuda.get_device_capability() >= (8, 0) else 'fp16')
     assert m['test_accuracy'] > 0.8
@@ -66,7 +65,7 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
         m.setattr(fv.MixedPrecision, 'before_train', look, raising=False)
         main(args(resume=tmp_path/'run'))
     assert scales == [scaler['scale']], 'of the last epoch'
-    assert json.loads((tmp_path/'run/metrics.json').read_text())['precision'] == 'fp16'
+    assert read_metrics(tmp_path/'run')['precision'] == 'fp16'
 
 
 @pytest.mark.parametrize('item_by_item', [False, True])
@@ -101,8 +100,8 @@ def test_a_run_of_the_gpu_is_used_on_both(run, path, on_the_cpu):
 def test_a_run_of_the_cpu_is_used_on_the_gpu(path, tmp_path, on_the_cpu):
     main(args(data=path, out=tmp_path/'run', bs=16, epochs=1, lr_min=1e-4, lr_max=1e-3))
     default_device(None)
-    assert load_run(tmp_path/'run', path).validate()[1] == pytest.approx(
-        json.loads((tmp_path/'run/metrics.json').read_text())['test_accuracy'], abs=0.05)
+    found, expected = load_run(tmp_path/'run', path).validate()[1], read_metrics(tmp_path/'run')['test_accuracy']
+    assert found == pytest.approx(expected, abs=0.05)
 
 
 def test_a_step_is_that_of_the_cpu_in_float32(path, tmp_path):
@@ -162,18 +161,15 @@ def test_ctrl_c_in_fast_leaves_nothing(path, tmp_path, precision):
     assert 'after_batch' not in vars(learn.progress)
     assert type(learn.recorder.smooth_loss) is fv.AvgSmoothLoss
     assert all(p.is_contiguous() for p in learn.model.parameters())
-    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    before = weights(learn)
     with pytest.raises(KeyboardInterrupt), fast(learn), learn.added_cbs(Interrupt()): learn.lr_find(show_plot=False)
-    assert all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
+    assert equal(weights(learn), before)
     with fast(learn): learn.fit_one_cycle(2, 1e-3)
     assert len(learn.history.rows) == 2
     assert learn.validate()[0] < 2
 
 
 def test_a_loss_that_is_not_finite_is_found_at_its_batch(path, tmp_path):
-    class Break(Callback):
-        def before_batch(self):
-            if self.training and (self.epoch, self.iter) == (1, 7): self.learn.xb = (self.x * float('nan'),)
     learn = get_learner(get_dls(path, bs=16), path=tmp_path, ema=0)
     with pytest.raises(RunError, match='not finite at batch 8 of 12 of epoch 2'), fast(learn):
-        learn.fit_one_cycle(3, 1e-3, cbs=Break())
+        learn.fit_one_cycle(3, 1e-3, cbs=Spoil(True, 1, 7))

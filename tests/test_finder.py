@@ -3,6 +3,7 @@ import math
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from conftest import equal, weights
 from fastai.vision.all import SGD, Callback, Learner
 
 from lab.errors import RunError
@@ -36,14 +37,14 @@ def test_usable_rates_for_batches_of_any_size(folder, tmp_path, bs, opt_func):
         def before_batch(self): sizes.append(len(self.x))
     for _ in range(2 if bs == 4 else 1):
         learn = get_learner(get_dls(folder, bs=bs), opt_func=opt_func, precision='fp32', path=tmp_path)
-        before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        before = weights(learn)
         torch.rand(3)
         with fast(learn), learn.added_cbs(See()): found.append(find_lrs(learn, show_plot=True))
     lr_min, lr_max = found[0]
     assert 1e-7 < lr_min <= lr_max / 10 < 1
     assert found[-1] == found[0]
     assert {*sizes} == {bs}
-    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    assert equal(weights(learn), before)
     assert not [f for f in tmp_path.rglob('*') if f.is_file()]
     assert len(plt.gca().lines) == 3, 'the curve and the two suggestions'
     assert learn.history.rows == learn.history.schedule == []

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Malicious, args, ends
+from conftest import Malicious, args, ends, read_metrics
 from fastai.vision.all import ClassificationInterpretation, PILImage
 from PIL import Image
 
@@ -28,9 +28,6 @@ def show(capsys, *given, **options) -> str:
 
 
 def read_csv(capsys, *given): return pd.read_csv(io.StringIO(show(capsys, *given, csv=True)))
-
-
-def read_metrics(run): return json.loads((run/'metrics.json').read_text())
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """A run in two processes on the CPU, as `accelerate launch` starts them, beside the same run in one."""
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, args, make_folder
+from conftest import ROOT, args, make_folder, read_metrics
 from torch import nn
 
 import train_fastai
@@ -80,13 +79,13 @@ def test_two_processes_learn_as_one_from_the_whole_batch(two, images, tmp_path, 
     monkeypatch.setattr(train_fastai, 'get_learner', get)
     monkeypatch.setattr(nn, 'BatchNorm2d', GhostBatchNorm2d)
     monkeypatch.setattr(train_fastai, 'get_dls', lambda **kwargs: get_dls(**kwargs, item_tfms=[]))
-    m = json.loads((two[0]/'metrics.json').read_text())
+    m = read_metrics(two[0])
     main(args(data=images, out=tmp_path, **OPTIONS, lr_min=m['lr_min'], lr_max=m['lr_max']))
     history, of_one = (pd.read_csv(o/'history.csv') for o in (two[0], tmp_path))
     for column in ('train_loss', 'test_loss', 'test_accuracy'):  # but for roundings, which Adam's first steps magnify
         assert history[column].tolist() == pytest.approx(of_one[column].tolist(), rel=1e-2)
     assert (tmp_path/'schedule.csv').read_bytes() == (two[0]/'schedule.csv').read_bytes()
-    assert m['test_accuracy'] == json.loads((tmp_path/'metrics.json').read_text())['test_accuracy']
+    assert m['test_accuracy'] == read_metrics(tmp_path)['test_accuracy']
 
 
 def test_a_batch_that_cannot_be_shared_out(monkeypatch):

@@ -1,10 +1,9 @@
-import json
 import re
 from functools import partial
 
 import pandas as pd
 import pytest
-from conftest import ROOT, one_cycle
+from conftest import ROOT, one_cycle, read_metrics
 from fastai.vision.all import FlipItem
 from torch import nn, optim
 
@@ -16,7 +15,7 @@ from lab.runs import Run
 from train_fastai import Options, get_dls, get_learner
 
 PUBLISHED = ROOT/'docs/cifar10'
-RUN = json.loads((PUBLISHED/'metrics.json').read_text())
+RUN = read_metrics(PUBLISHED)
 OPTIONS, RECIPE = vars(Options()), RUN['recipe'] | dict(ema=0.995, layers=[('fc: Linear', '10', 5130)])
 METRICS = RUN | dict(train_accuracy=0.98, test_accuracy=0.9273, first_epoch_over_90=16, weights_of_epoch=24,
                      commit='abc1234+', versions=dict(torch='2.14.1'), recipe=RECIPE, options=OPTIONS)

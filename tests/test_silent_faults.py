@@ -1,13 +1,12 @@
 """Changed experiments of the kinds that used to end with wrong numbers in a finished report."""
 import errno
 import functools
-import json
 from functools import partial
 
 import pandas as pd
 import pytest
 import torch
-from conftest import SIX_EPOCHS, args, disturbed
+from conftest import SIX_EPOCHS, args, disturbed, interrupt, read_metrics
 from fastai.vision import all as fv
 from fastai.vision.all import Callback, CancelFitException, CSVLogger, SaveModelCallback, error_rate
 from kill import differences
@@ -46,9 +45,6 @@ def one_cycle(*cbs):
 
 @pytest.fixture
 def options(folder, tmp_path): return dict(data=folder, out=tmp_path/'run', precision='fp32', **SIX_EPOCHS)
-
-
-def read_metrics(out) -> dict: return json.loads((out/'metrics.json').read_text())
 
 
 def check_results(out, folder, capsys) -> dict:
@@ -101,7 +97,6 @@ def test_accuracy_is_computed_not_looked_up(options, folder, capsys, change):
     assert (m['test_accuracy'], m['weights_of_epoch']) == (rows[-1]['test_accuracy'], 6)
 
 
-def interrupt(): raise KeyboardInterrupt
 def cancel_fit(): raise CancelFitException
 
 

@@ -1,7 +1,6 @@
 import errno
 import hashlib
 import http.server
-import json
 import pickle
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ends, make_folder
+from conftest import ends, make_folder, read_metrics
 from fastai.vision import all as fv
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -203,7 +202,7 @@ def test_bare_command_without_a_network_is_a_quick_look(small_sample, tmp_path, 
     assert re.search(told, capsys.readouterr().out, re.DOTALL)
     folder, = (tmp_path/'runs').iterdir()
     assert (folder/'report.md').read_text().startswith('# Quick look: ')
-    m = json.loads((folder/'metrics.json').read_text())
+    m = read_metrics(folder)
     assert (m['options']['quick'], m['epochs'], m['batch_size'], m['train_images']) == (True, 2, 8, 24)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Interrupt, fit
+from conftest import Interrupt, equal, fit, weights
 from fastai.vision.all import Callback, GradientAccumulation, L, Learner, OptimWrapper, set_seed
 from torch import nn
 
@@ -23,12 +23,6 @@ def make(dls, tmp_path): return partial(get_learner, dls, precision='fp32', path
 
 
 def set_amx(monkeypatch, amx: bool): monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(amx_bf16=amx))
-
-
-def weights(learn) -> dict: return {k: v.clone() for k, v in learn.model.state_dict().items()}
-
-
-def equal(one: dict, other: dict) -> bool: return all(torch.equal(one[k], other[k]) for k in one)
 
 
 def fit_fast(learn, *args, **kwargs) -> dict:

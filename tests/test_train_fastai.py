@@ -1,6 +1,5 @@
 import contextlib
 import io
-import json
 import math
 import re
 from functools import partial
@@ -9,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SIX_EPOCHS, args, disturbed, ends, interrupt, make_folder, one_cycle
+from conftest import SIX_EPOCHS, Interrupt, args, disturbed, ends, interrupt, make_folder, one_cycle, read_metrics
 from fastai.vision import all as fv
 from fastai.vision.all import Callback, Learner, accuracy, cifar_stats
 from PIL import Image
@@ -183,9 +182,6 @@ def found(folder, tmp_path_factory):
     return out, printed.getvalue()
 
 
-def read_metrics(out) -> dict: return json.loads((out/'metrics.json').read_text())
-
-
 class TestRunFolder:
     def test_holds_every_file_and_no_other(self, found, folder):
         assert {f.name for f in found[0].iterdir()} == FILES | {'lr_find.csv', 'lr_find.png'}
@@ -345,9 +341,6 @@ def test_a_run_of_another_network_is_loaded_into_it(folder, tmp_path, capsys, mo
 
 
 def test_an_interrupted_finder_leaves_nothing_in_the_way(folder, tmp_path, capsys, monkeypatch, no_pictures):
-    class Interrupt(Callback):
-        def before_batch(self):
-            if hasattr(self, 'lr_finder') and self.iter == 1: interrupt()
     monkeypatch.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
     options = dict(data=folder, out=tmp_path/'out', epochs=1, bs=6)
     for _ in range(2): assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
