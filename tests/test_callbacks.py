@@ -34,8 +34,6 @@ def test_the_schedule_holds_what_the_optimizer_used(dls, tmp_path):
     assert [r['batch'] for r in found] == list(range(1, 25))
     assert [(r['lr'], r['momentum']) for r in found] == spy.used
     assert [r['lr'] for r in found] == pytest.approx([one_cycle(i, 24, LR_MIN, LR_MAX) for i in range(24)])
-    assert [found[0]['lr'], found[5]['lr']] == pytest.approx([LR_MIN, LR_MAX])  # batches 1 to 5 are the rise
-    assert found[-1]['lr'] < LR_MIN + 0.02 * (LR_MAX - LR_MIN)
     assert (found[0]['momentum'], found[5]['momentum']) == pytest.approx((0.95, 0.85))
     assert len(learn.history.rows) == 8
 

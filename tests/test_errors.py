@@ -32,14 +32,3 @@ def raising(error, *notes):
 def test_a_foreseen_error_is_one_line_which_hints_end(capsys, error, code, line):
     assert ends(capsys, code, raising(error)) == f'{line}\n'
     assert ends(capsys, code, raising(error, 'do this', 'or that')) == f'{line}; do this; or that\n'
-
-
-def test_an_unforeseen_error_is_left_to_python():
-    with pytest.raises(KeyError) as e: raising(KeyError('lr'), 'do this')()
-    assert e.value.__notes__ == ['do this']
-
-
-def test_a_reader_that_left_is_no_error(capsys, monkeypatch):
-    monkeypatch.setattr(sys, 'stdout', sys.stdout)  # it is replaced
-    with pytest.raises(SystemExit) as e: raising(BrokenPipeError())()
-    assert (e.value.code, capsys.readouterr().err) == (141, '')

@@ -1,5 +1,4 @@
 """That pyproject.toml, both locks, environment.yml and the imports of the program agree."""
-import ast
 import re
 import sys
 import tomllib
@@ -8,11 +7,11 @@ from importlib.metadata import packages_distributions
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_rooms import MODULES, imported
 
 PYPROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())
 DIRECT, DEV = PYPROJECT['project']['dependencies'], PYPROJECT['project']['optional-dependencies']['dev']
 LOCKS = [(ROOT/file).read_text() for file in ('requirements.txt', 'requirements-dev.txt')]
-
 
 # An option, as --index-url, would be no requirement.
 LINES = [[Requirement(o) for o in text.splitlines() if o and not o.startswith(('#', '-r '))] for text in LOCKS]
@@ -39,15 +38,13 @@ def test_environment_yml_installs_the_lock():
 
 
 def test_the_package_holds_the_program_and_declares_its_imports():
-    tools, modules = PYPROJECT['tool']['setuptools'], [*ROOT.glob('*.py'), *(ROOT/'lab').glob('*.py')]
+    tools = PYPROJECT['tool']['setuptools']
     assert {*tools['py-modules']} == {f.stem for f in ROOT.glob('*.py')}
     assert tools['packages'] == ['lab']
     rest = {f for f in (ROOT/'lab').iterdir() if f.suffix not in ('.py', '') and f.name[0] != '.'}
     assert rest == {f for pattern in tools['package-data']['lab'] for f in (ROOT/'lab').glob(pattern)}
-    nodes = [node for f in modules for node in ast.walk(ast.parse(f.read_text()))]
-    names = {o.name for node in nodes if isinstance(node, ast.Import) for o in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    names = {name.partition('.')[0] for name in names} - {f.stem for f in modules} - {'lab', *sys.stdlib_module_names}
+    names = {name.partition('.')[0] for module in MODULES for name in imported(module)}
+    names -= {'lab', *MODULES, *sys.stdlib_module_names}
     packages = packages_distributions()
     assert {canonicalize_name(packages[name][0]) for name in names} == {
         canonicalize_name(Requirement(r).name) for r in DIRECT}

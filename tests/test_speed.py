@@ -195,11 +195,6 @@ def test_auto_takes_what_a_processor_is_made_for(monkeypatch, device, flags, all
     assert resolve_precision('auto', torch.device(device)) == expected
 
 
-def test_a_precision_that_does_not_exist():
-    with pytest.raises(InputError, match='--precision bf16 needs cuda or cpu, not "mps"'):
-        resolve_precision('bf16', torch.device('mps'))
-
-
 def test_nothing_special_is_done_on_mps(dls):
     """Asynchronous copies and channels-last batch norm were wrong there (pytorch issues 139550 and 189690)."""
     mps = torch.device('mps')
@@ -207,6 +202,8 @@ def test_nothing_special_is_done_on_mps(dls):
     assert dls.train_ds.images.device.type == dls.train_ds.labels.device.type == 'cpu'
     model = SimpleNamespace(memory_format=torch.channels_last, parameters=lambda: iter([SimpleNamespace(device=mps)]))
     with fast_layout(SimpleNamespace(model=model)): pass  # it would ask for the model's modules
+    with pytest.raises(InputError, match='--precision bf16 needs cuda or cpu, not "mps"'):
+        resolve_precision('bf16', mps)
 
 
 @pytest.mark.parametrize('memory', [torch.channels_last, torch.contiguous_format])
