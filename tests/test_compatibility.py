@@ -93,7 +93,9 @@ def exported(learn):
     learn.fit(1, 1e-3)
     learn.export()
     with pytest.warns(UserWarning, match='insecure pickle'): loaded = fv.load_learner(learn.path/'export.pkl')
-    return loaded.predict(learn.dls.valid_ds.items[0])
+    found = loaded.predict(file := learn.dls.valid_ds.items[0])
+    torch.testing.assert_close(found[2], learn.predict(file)[2])
+    return found
 
 
 def fit_with(cb, *args, epochs=2, find=lambda cb: None, **kwargs):
@@ -127,6 +129,7 @@ def test_fastais_callbacks_do_in_fast_what_they_do_in_stock(folder, tmp_path, ha
     """Beside a stock learner of the same network, optimizer settings, memory layout and random draws."""
     ours_dls, stock_dls = (get_dls(folder, bs=8, device='cpu') for _ in range(2))
     ours = get_learner(ours_dls, path=tmp_path, wd=0.01, label_smoothing=0, ema=0, precision='fp32')
+    assert type(ours) is Learner
     stock = Learner(stock_dls, deepcopy(ours.model).to(memory_format=torch.channels_last), fv.CrossEntropyLossFlat(),
                     wd=0.01, metrics=fv.accuracy, opt_func=partial(fv.Adam, mom=0.95, sqr_mom=0.99, eps=1e-5),
                     cbs=SeedEpochs(42), path=tmp_path)  # with the randomness of ours

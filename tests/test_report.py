@@ -84,8 +84,7 @@ def test_of_many_classes_the_worst_and_the_best_are_listed():
 def test_it_names_what_the_learner_has(folder, dls):
     def describe(*args, **kwargs):
         learn = get_learner(*args, **kwargs)
-        learn.create_opt()
-        learn.opt.set_hypers(wd=learn.wd)  # as a fit does
+        learn.fit(0)  # sets the weight decay
         return describe_recipe(learn)
 
     layers = (found := describe(dls))['layers']
