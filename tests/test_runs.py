@@ -8,16 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SIX_EPOCHS, args, disturbed, ends, interrupt, make_folder
-from fastai.vision.all import ranger, set_seed
 from kill import differences, start_and_kill
-from torch import nn
 
-import train_fastai
 from lab import results
 from lab.errors import InputError
-from lab.optim import TorchOptimizer
 from lab.runs import Run, load_state
-from train_fastai import Options, get_learner, main
+from train_fastai import Options, main
 
 OPTIONS = Options(epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3)
 
@@ -120,27 +116,6 @@ def test_kills_at_random_moments(folder, run, tmp_path, no_pictures):
     options = start_and_kill(folder, tmp_path/'out', random.Random(seed))
     if options: main(args(**options))  # else the run was faster
     assert differences(run, tmp_path/'out') == []
-
-
-def small_network() -> nn.Module:
-    """A network of somebody's own, which ends in logits."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveMaxPool2d(2),
-                         nn.Flatten(), nn.Linear(32, 3))
-
-
-@pytest.mark.parametrize('change', [
-    dict(opt_func=ranger, model=small_network),
-    dict(opt_func=partial(TorchOptimizer, opt=torch.optim.SGD, momentum=0.9))], ids=['network', 'torch'])
-def test_a_changed_experiment_resumes_like_any(folder, run, tmp_path, capsys, monkeypatch, change, no_pictures):
-    def get(*args, **kwargs):
-        set_seed(0)
-        return get_learner(*args, **kwargs | {k: v() if k == 'model' else v for k, v in change.items()})
-    monkeypatch.setattr(train_fastai, 'get_learner', get)
-    main(args(data=folder, out=tmp_path/'whole', **SIX_EPOCHS))
-    assert 'model.pth' in differences(run, tmp_path/'whole')
-    with disturbed(interrupt): ends(capsys, 130, main, data=folder, out=tmp_path/'out', **SIX_EPOCHS)
-    main(args(resume=tmp_path/'out'))
-    assert differences(tmp_path/'whole', tmp_path/'out') == []
 
 
 def full_disk(out): (out/'checkpoint.pth.part').symlink_to('/dev/full')

@@ -10,11 +10,14 @@ from conftest import SIX_EPOCHS, args, disturbed, interrupt, read_metrics
 from fastai.vision import all as fv
 from fastai.vision.all import Callback, CancelFitException, CSVLogger, SaveModelCallback, error_rate
 from kill import differences
+from torch import nn
 
 import predict
 from lab.errors import RunError
+from lab.optim import TorchOptimizer
 from lab.results import save_results
 from lab.runs import Run
+from lab.speed import fast
 from predict import load_run
 from train_fastai import Options, get_dls, get_learner, main
 
@@ -144,8 +147,23 @@ def restarts(learn, checkpoint): learn.fit_sgdr(2, 2, lr_max=1e-3, cbs=checkpoin
 def trackers(learn, checkpoint): learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau(), Stop(), BestTraining()])
 
 
+def other_network(learn, checkpoint):
+    """A network that ends in logits, with an optimizer of fastai's."""
+    fv.set_seed(0)
+    learn.model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveMaxPool2d(2),
+                                nn.Flatten(), nn.Linear(32, 3))
+    learn.opt_func = fv.ranger
+    with fast(learn): one_cycle()(learn, checkpoint)
+
+
+def torch_optimizer(learn, checkpoint):
+    learn.opt_func = partial(TorchOptimizer, opt=torch.optim.SGD, momentum=0.9)
+    with fast(learn): one_cycle()(learn, checkpoint)
+
+
 FITS = dict(find_between=find_between, one_checkpoint_for_all=one_checkpoint_for_all, fine_tune=fine_tune,
-            restarts=restarts, trackers=trackers, plain=one_cycle(),
+            restarts=restarts, trackers=trackers, plain=one_cycle(), other_network=other_network,
+            torch_optimizer=torch_optimizer,
             callbacks=one_cycle(partial(fv.GradientAccumulation, n_acc=20), fv.MixUp, Seen))
 
 
@@ -160,7 +178,7 @@ def whole(folder, tmp_path_factory):
 
 
 def compiled(learn): learn.model = torch.compile(learn.model)
-def in_parallel(learn): learn.model = torch.nn.DataParallel(learn.model)
+def in_parallel(learn): learn.model = nn.DataParallel(learn.model)
 
 
 @pytest.mark.parametrize('change', [compiled, in_parallel])
@@ -175,9 +193,9 @@ def test_a_network_inside_another_is_written_plain(options, whole, change):
 
 @pytest.mark.parametrize(('name', 'epoch'), [
     ('find_between', 1), ('find_between', 3), ('one_checkpoint_for_all', 3), ('fine_tune', 1), ('fine_tune', 3),
-    ('restarts', 3), ('trackers', 3), ('callbacks', 3)])
+    ('restarts', 3), ('trackers', 3), ('callbacks', 3), ('other_network', 3), ('torch_optimizer', 3)])
 def test_a_resumed_run_ends_like_the_whole(options, whole, name, epoch):
-    """B5 and B6: several fits, of which either is interrupted, and callbacks with a state."""
+    """B5 and B6: several fits, of which either is interrupted, callbacks with a state, and other optimizers."""
     out = options['out']
     with disturbed(interrupt, epoch), pytest.raises(KeyboardInterrupt): experiment(FITS[name], **options)
     if name == 'find_between' and epoch == 3:
