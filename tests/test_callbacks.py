@@ -14,9 +14,6 @@ from train_fastai import get_learner
 make = partial(get_learner, precision='fp32')
 
 
-def rows(learn) -> list[dict]: return [row | dict(seconds=0) for row in learn.history.rows]
-
-
 def test_the_schedule_holds_what_the_optimizer_used(dls, tmp_path):
     """A rise to LRMAX in 5/24 of the batches, a fall back, and nothing of a finder or of predictions."""
     class Spy(Callback):
@@ -100,11 +97,10 @@ def test_an_interrupted_test_leaves_a_learner_that_trains_on(dls, tmp_path):
     ('after_pred', fv.CancelTrainException, 3, 7), ('after_batch', CancelFitException, 1, 4),
     ('after_epoch', CancelFitException, 2, 6)])
 def test_a_fit_that_is_cancelled_keeps_averages(dls, tmp_path, event, error, epochs, batches):
-    class Cancel(Callback): pass
     def cancel(cb):
         if cb.epoch == 1 and (event == 'after_epoch' or cb.training and cb.iter == 1): raise error
-    setattr(Cancel, event, cancel)
-    learn = fit(make(dls, path=tmp_path), 3, cbs=[Cancel(), seen := Weights()])
+    cancel_cb = type('Cancel', (Callback,), {event: cancel})
+    learn = fit(make(dls, path=tmp_path), 3, cbs=[cancel_cb(), seen := Weights()])
     assert (len(learn.history.rows), len(learn.history.schedule)) == (epochs, batches)
     assert not equal(weights(learn), seen.steps[-1])
     assert learn.validate()[-2] < 1.2
@@ -141,11 +137,11 @@ def test_the_same_seed_gives_the_same_run_whatever_drew_before(dls, tmp_path):
             torch.rand(3)
         fit(learn)
         runs.append(learn)
-    assert rows(runs[0]) == rows(runs[1])
+    assert runs[0].recorder.values == runs[1].recorder.values
     assert equal(*map(weights, runs))
     one, other = (make(dls, network, seed=seed, path=tmp_path) for seed in (7, 8))
     assert not equal(weights(one), weights(other))
-    assert rows(fit(other)) != rows(runs[0])
+    assert fit(other).recorder.values != runs[0].recorder.values
 
 
 @pytest.mark.parametrize(('at', 'where', 'cb'), [

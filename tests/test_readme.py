@@ -12,8 +12,7 @@ import predict
 import train_fastai
 from lab.results import describe_recipe
 
-PAGES = ROOT/'README.md', ROOT/'docs/cifar10/README.md'
-TEXT = '\n'.join(page.read_text() for page in PAGES)
+TEXT = '\n'.join((ROOT/page).read_text() for page in ('README.md', 'docs/cifar10/README.md'))
 SMALL = dict(bs=2, epochs=1, lr_min=1e-4, lr_max=1e-3)
 
 

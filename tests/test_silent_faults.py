@@ -148,10 +148,9 @@ def trackers(learn, checkpoint): learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau()
 
 
 def other_network(learn, checkpoint):
-    """A network that ends in logits, with an optimizer of fastai's."""
     fv.set_seed(0)
     learn.model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveMaxPool2d(2),
-                                nn.Flatten(), nn.Linear(32, 3))
+                                nn.Flatten(), nn.Linear(32, 3))  # it ends in logits
     learn.opt_func = fv.ranger
     with fast(learn): one_cycle()(learn, checkpoint)
 

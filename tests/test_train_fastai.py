@@ -55,16 +55,13 @@ def test_loaders(folder, whole):
     assert list(dls.vocab) == ['blue', 'green', 'red']
     x, y = dls.train.one_batch()
     assert (x.shape, x.dtype, y.shape) == ((8, 3, 32, 32), torch.float32, (8,))
-    means = torch.tensor(cifar_stats[0])[:, None, None], torch.tensor(cifar_stats[1])[:, None, None]
-    seen = []
-    for x, y in dls.valid:  # test images: as in the files, normalised, in order, none left out
-        for img, label in zip(x, y, strict=True):
-            file = dls.valid_ds.items[len(seen)]
-            pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
-            torch.testing.assert_close(img.as_subclass(torch.Tensor), (pixels - means[0]) / means[1])
-            assert dls.vocab[label] == file.parent.name
-            seen.append(file)
-    assert seen == list(dls.valid_ds.items) == sorted(seen)
+    files = sorted(folder.glob('test/*/*'))
+    x, y = (torch.cat(o) for o in zip(*dls.valid, strict=True))
+    assert list(dls.valid_ds.items) == files, 'in order, none left out'
+    assert [dls.vocab[label] for label in y] == [file.parent.name for file in files]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)
+    torch.testing.assert_close(x.as_subclass(torch.Tensor), (pixels - mean) / std)
 
 
 @pytest.mark.parametrize('whole', [True, False])
@@ -178,7 +175,6 @@ class TestRunFolder:
         assert finder.lr.is_monotonic_increasing
         assert finder.lr.min() < m['lr_min'] < m['lr_max'] < finder.lr.max()
         assert (classes.recall * classes.images).sum() / 12 == pytest.approx(m['test_accuracy'])
-        assert len(wrong) == round(12 * (1 - m['test_accuracy']))
         assert wrong.loss.is_monotonic_decreasing
 
     def test_figures_show_something_and_the_report_shows_them(self, found):
@@ -204,14 +200,11 @@ class TestRunFolder:
         assert '\r' not in printed, 'a progress bar in a log'
 
 
-BAD_OPTIONS = [
+@pytest.mark.parametrize('change', [
     dict(epochs=0), dict(bs=0), dict(seed=2**32), dict(lr_min=1e-3), dict(lr_min=None, lr_max=1e-3),
     dict(lr_min=2e-3, lr_max=1e-3), dict(lr_min=0., lr_max=1e-3), dict(lr_max=math.inf, lr_min=1e-3), dict(lr_end=0.),
     dict(lr_end=math.nan), dict(lr_end=2e-3, lr_min=1e-4, lr_max=1e-3), dict(wd=-1), dict(wd=math.inf),
-    dict(label_smoothing=1), dict(ema=1), dict(ema=math.nan)]
-
-
-@pytest.mark.parametrize('change', BAD_OPTIONS, ids=str)
+    dict(label_smoothing=1), dict(ema=1), dict(ema=math.nan)], ids=str)
 def test_options_out_of_range(change):
     check_options(Options())
     name, value = next(iter(change.items()))

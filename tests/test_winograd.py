@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.io import decode_image
 
 from arch import ResNet
-from lab.sources import get_sample
 from lab.speed import faster_class
 from lab.winograd import Winograd, WinogradConv2d, convolve_tile
+from train_fastai import get_dls
 
 TOLERANCE = 3e-6  # of a result's norm; direct convolutions in float32 are at 0.2 to 0.9e-6
 
@@ -36,9 +35,7 @@ def direct(x: Tensor, weight: Tensor) -> Tensor: return F.conv2d(x, weight, padd
 
 def layer() -> WinogradConv2d:
     torch.manual_seed(0)
-    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
-    conv.__class__ = WinogradConv2d
-    return conv
+    return WinogradConv2d(64, 64, 3, padding=1, bias=False)
 
 
 def test_a_tile_in_the_papers_notation_is_a_sum_of_products():
@@ -143,11 +140,9 @@ def test_convolutions_of_another_kind_do_not_fit():
         assert not fits(other), other
 
 
-def test_real_images_are_learned_as_by_direct_convolution():
-    files = sorted((get_sample()/'train').glob('*/*.png'))[::156][:32]  # of all classes
-    x = torch.stack([decode_image(str(f)) for f in files]) / 128 - 1
-    classes = sorted({f.parent for f in files})
-    y = torch.tensor([classes.index(f.parent) for f in files])
+def test_real_images_are_learned_as_by_direct_convolution(sample):
+    dls = get_dls(sample, bs=32, every=100, item_tfms=[], device='cpu')
+    x, y = (o.as_subclass(Tensor) for o in dls.train.one_batch())
 
     def losses(winograd: bool) -> list[float]:
         torch.manual_seed(0)
