@@ -9,8 +9,7 @@ from lab.errors import RunError
 from lab.evaluate import get_log_probs, list_misclassified, per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
-from lab.page import write_page
-from lab.report import percent, write_report
+from lab.report import percent, write_page, write_report
 from lab.runs import CHECKPOINT, Run, atomic_write, forecast, nonfatal, save_csv, save_state
 from lab.speed import device_name, unwrap
 
