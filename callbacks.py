@@ -76,10 +76,6 @@ class History(TrainingCallback):
 
     def train_accuracy(self) -> float: return self.trained[1]
 
-    def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}
-
-    def load_state_dict(self, state: dict): vars(self).update(state)
-
 
 def digest_weights(model: nn.Module) -> str:
     """A digest of the weights and statistics of `model`, whatever their memory layout."""
@@ -122,10 +118,6 @@ class Misclassified(TrainingCallback):
         """The last epoch, from 1, that was tested with the weights of `model`."""
         written = digest_weights(model)
         return last([i for i, digest in enumerate(self.digests, 1) if digest == written] or [None])
-
-    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets, digests=self.digests)
-
-    def load_state_dict(self, state: dict): vars(self).update(state)
 
 
 class StopOnNaN(TrainingCallback):

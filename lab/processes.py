@@ -6,6 +6,7 @@ from typing import Any
 from fastai.vision.all import *
 
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
+alone = partial(modified_env, 'WORLD_SIZE')  # a while in which rank 0 works without those for whom fastai would wait
 
 
 @contextlib.contextmanager
@@ -17,15 +18,6 @@ def join_processes():
         if rank_distrib(): sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, it stays open to the end
     yield
     if num_distrib() > 1: torch.distributed.destroy_process_group()  # not after an error: the others may not come
-
-
-@contextlib.contextmanager
-def alone():
-    """Context manager, or decorator, in which rank 0 works without the others, for whom fastai would wait."""
-    processes = os.environ.pop('WORLD_SIZE', None)
-    try: yield
-    finally:
-        if processes: os.environ['WORLD_SIZE'] = processes
 
 
 def on_first(f: Callable, *args) -> Any:

@@ -84,13 +84,6 @@ def get_state(o: Any) -> dict:
     return state
 
 
-def forecast(epochs: int, seconds: float):
-    """Say what `epochs` will take."""
-    minutes = round(seconds / 60)
-    about = f'{seconds:.0f} s' if seconds < 100 else f'{minutes} min' if minutes < 100 else f'{minutes / 60:.1f} h'
-    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
-
-
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
 
@@ -103,11 +96,11 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of that. After one epoch it says how long the rest will take.
+    epochs of it, and no other callback hears of that.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, run: 'Run'): self.of, self.fits, self.told = run, 0, False
+    def __init__(self, run: 'Run'): self.of, self.fits = run, 0
 
     def others(self) -> list:
         """What has a state of its own: the other callbacks, and the smoothed loss, which a tracker may watch."""
@@ -132,12 +125,9 @@ class Checkpoint(TrainingCallback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
+        done = self.epoch + 1
         for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
-        if done <= self.skip: return
-        self.save(done)
-        if left and self.history.rows and not self.told: forecast(left, left * self.history.rows[-1]['seconds'])
-        self.told = True
+        if done > self.skip: self.save(done)
 
     def after_cancel_fit(self): self.save_tables()
 
@@ -195,7 +185,6 @@ def check_options(o):
             raise InputError(f'--{name.replace("_", "-")} {value} is not in {low} … {high}')
     if [o.lr_min, o.lr_max].count(None) == 1: raise InputError('--lr-min and --lr-max go together: give both or none')
     if o.bs % processes: raise InputError(f'--bs {o.bs} is not a multiple of {processes}, the number of processes')
-    resolve_precision(o.precision, default_device())
 
 
 def limit_to_quick_look(o):
