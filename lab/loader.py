@@ -1,9 +1,4 @@
 """From files to pixels to whole batches: a data folder's images, their one reader, and a fast loader."""
-import hashlib
-import io
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 from fastai.vision.all import *
 from PIL import ImageOps
 
@@ -19,12 +14,8 @@ def show_progress() -> bool:
 
 
 def list_images(path: Path) -> L:
-    """All files in `path` with an extension that Pillow reads, sorted; one line on stderr counts the others."""
-    kinds = Image.registered_extensions()
-    files = groupby(get_files(path).sorted(), lambda f: kinds.get(f.suffix.lower()) in Image.OPEN)
-    if others := files.get(False):
-        print(f'{path}: files left out, since they are no images: {len(others)}, as {others[0].name}', file=sys.stderr)
-    return L(files.get(True))
+    """All files in `path` with an extension that Pillow reads, sorted."""
+    return get_files(path, {o for o, kind in Image.registered_extensions().items() if kind in Image.OPEN}).sorted()
 
 
 def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
@@ -137,11 +128,9 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
         raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre '
                          'square of every image')
 
-    pixels = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
     # Threads, since Pillow lets others run, and worker processes need shared memory and a guarded script.
-    with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:
-        for i, image in enumerate(pool.map(decode, files)): pixels[i] = image
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    images = parallel(decode, files, n_workers=min(4, defaults.cpus), threadpool=True)
+    return torch.from_numpy(np.array(images, np.uint8).reshape(-1, SIZE, SIZE, 3)).permute(0, 3, 1, 2)
 
 
 def source_of(dataset) -> list:

@@ -1,6 +1,5 @@
 """Where the images come from: a folder that is given, CIFAR-10 found or downloaded, or the sample in the repository."""
 import contextlib
-import tempfile
 from http.client import HTTPException
 from urllib.error import URLError
 from urllib.request import urlopen
