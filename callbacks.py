@@ -1,7 +1,4 @@
 """What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights, NaN."""
-import hashlib
-import math
-
 from fastai.vision.all import *
 
 from lab.errors import RunError

@@ -12,9 +12,6 @@ import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import argparse
 import importlib
-import io
-import json
-import sys
 
 from fastai.vision.all import *
 from torchvision.transforms import v2
@@ -144,6 +141,7 @@ def export_network(learn: Learner, file: Path):
     atomic_write(file, content.getvalue())
 
 
+@one_line_errors('predict.py')
 def main(args: list[str] | None = None):
     """Predict, evaluate or export with the arguments of the command line, or of `args`."""
     parser = argparse.ArgumentParser(description='Name what images show: always one of the classes that the run was '
@@ -152,25 +150,21 @@ def main(args: list[str] | None = None):
     parser.add_argument('images', nargs='*', help='images or folders; one with a sub-folder per class is evaluated')
     parser.add_argument('--csv', action='store_true', help='print comma-separated values, a row per image')
     parser.add_argument('--export', type=Path, help=f'write the network to this file: {", ".join(EXPORTS)}')
-    with one_line_errors('predict.py'): predict(**vars(parser.parse_intermixed_args(args)))
-
-
-def predict(run: str, images: list[str], csv: bool = False, export: Path | None = None):
-    """Print what `images` show, or how accurately they are classified; write the network to the file `export`."""
-    learn = load_run(run)
+    o = parser.parse_intermixed_args(args)
+    learn = load_run(o.run)
     vocab = list(learn.dls.vocab)
-    if export:
-        export_network(learn, export)
-        print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
-        if not images: return
-    files, targets = find_images(images, vocab)
+    if o.export:
+        export_network(learn, o.export)
+        print(f'The network is in {o.export}', file=sys.stderr if o.images else sys.stdout)
+        if not o.images: return
+    files, targets = find_images(o.images, vocab)
     pixels = decode_images(files, resize=True)
-    if not show_progress() or csv: learn.remove_cb(ProgressCallback)
+    if not show_progress() or o.csv: learn.remove_cb(ProgressCallback)
     with fast(learn):
         log_probs = get_log_probs(learn, pixels)
-        flipped = get_log_probs(learn, pixels.flip(-1)) if targets and not csv else None
+        flipped = get_log_probs(learn, pixels.flip(-1)) if targets and not o.csv else None
     table = list_predictions(files, log_probs, vocab)
-    if csv:
+    if o.csv:
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
         table.to_csv(sys.stdout, index=False, lineterminator='\n')
     elif targets: print(describe_accuracy(log_probs, flipped, tensor(targets), vocab))

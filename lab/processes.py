@@ -1,7 +1,5 @@
 """Several processes, one for each GPU, as `accelerate launch` starts them; with one, all of this does nothing."""
 import contextlib
-import sys
-from typing import Any
 
 from fastai.vision.all import *
 

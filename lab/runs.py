@@ -3,12 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import io
-import pickle
 import shlex
-import sys
-from datetime import datetime
-from typing import Any
 
 from fastai.vision.all import *
 from fastcore.script import anno_parser
