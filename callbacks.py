@@ -2,7 +2,6 @@
 from fastai.vision.all import *
 
 from lab.errors import RunError
-from lab.evaluate import list_misclassified
 from lab.runs import TrainingCallback
 from lab.speed import unwrap
 
@@ -109,7 +108,12 @@ class Misclassified(TrainingCallback):
 
     def table(self) -> pd.DataFrame:
         """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""
-        return list_misclassified(self.log_probs, self.targets, self.dls.valid_ds.items, self.dls.vocab, self.dls.path)
+        vocab, path, (log_prob, predicted) = np.array(self.dls.vocab), self.dls.path, self.log_probs.max(dim=1)
+        table = pd.DataFrame(dict(
+            file=[f.relative_to(path).as_posix() for f in self.dls.valid_ds.items], actual=vocab[self.targets],
+            predicted=vocab[predicted], probability=log_prob.exp(),
+            loss=F.nll_loss(self.log_probs, self.targets, reduction='none')))
+        return table[(predicted != self.targets).numpy()].sort_values('loss', ascending=False, kind='stable')
 
     def find_epoch(self, model: nn.Module) -> int | None:
         """The last epoch, from 1, that was tested with the weights of `model`."""

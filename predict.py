@@ -66,10 +66,10 @@ def get_empty_dls(vocab: list[str]) -> DataLoaders:
     """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
     blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
     def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)
-    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_items=lambda _: [blank, blank],
-                      get_y=label, splitter=IndexSplitter([1]), item_tfms=CenterResize(),
-                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=BatchDL)
-    return block.dataloaders('.', bs=1, num_workers=0).new_empty()
+    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_y=label, dl_type=BatchDL,
+                      splitter=IndexSplitter([1]), item_tfms=CenterResize(),
+                      batch_tfms=Normalize.from_stats(*cifar_stats))
+    return block.dataloaders([blank, blank], bs=1, num_workers=0).new_empty()
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:

@@ -50,10 +50,7 @@ def draw_schedule(rows: list[dict], batches_per_epoch: float) -> Figure:
 
 @curves
 def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) -> Figure:
-    """Loss and accuracy of both sets, epoch by epoch; `rows` as in history.csv.
-
-    `label_smoothing` is that of the training loss, which the legend mentions.
-    """
+    """Loss, in training with `label_smoothing`, and accuracy of both sets by epoch; `rows` as in history.csv."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
     for ax, name, smoothed in ((left, 'loss', ', labels smoothed' * bool(label_smoothing)), (right, 'accuracy', '')):
         pd.DataFrame(rows).plot(

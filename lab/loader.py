@@ -41,31 +41,25 @@ def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     return L(o[::every] for o in images.values()).concat()
 
 
-def open_image(source: Path | str | bytes | io.IOBase | Image.Image) -> Image.Image:
-    """The first image in a file, in bytes or in a PIL image, of any kind and size, as RGB. Raises `InputError`.
-
-    All images are read by it. It turns them upright, as their camera noted, and makes white what is transparent.
-    """
-    try:
-        if isinstance(source, bytes): source = io.BytesIO(source)
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
-        if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-        return image.convert('RGB')
-    except Exception as e:  # Pillow's many kinds
-        raise InputError(f'{source} cannot be read as an image ({one_line(e)})') from e
-
-
 class RGBImage(PILImage):
-    """A `PILImage` that `open_image` has read, unless it comes from an array or tensor."""
+    """A `PILImage` of any file: upright, as its camera noted, with white for what is transparent. It reads all images.
+
+    `create` takes the first image in a file, in bytes or in a PIL image, or an array or tensor. Raises `InputError`.
+    """
 
     @classmethod
     def create(cls, fn: Path | str | Tensor | ndarray | bytes | io.IOBase | Image.Image, **kwargs):
         if isinstance(fn, cls | Tensor | ndarray): return super().create(fn, **kwargs)
-        return cls(open_image(fn))
+        try:
+            image = fn if isinstance(fn, Image.Image) else Image.open(io.BytesIO(fn) if isinstance(fn, bytes) else fn)
+            if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
+            if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+            return cls(image.convert('RGB'))
+        except Exception as e:  # Pillow's many kinds
+            raise InputError(f'{fn} cannot be read as an image ({one_line(e)})') from e
 
 
 class CenterResize(DisplayedTransform):
@@ -123,7 +117,7 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
     With `resize`, images of another size become 32×32 by their centre square. Raises `InputError`.
     """
     def decode(file: Path) -> ndarray:
-        image = fit_size(open_image(file)) if resize else open_image(file)
+        image = fit_size(RGBImage.create(file)) if resize else RGBImage.create(file)
         if image.size == (SIZE, SIZE): return np.array(image)
         raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre '
                          'square of every image')

@@ -38,10 +38,7 @@ TEMPLATES.filters |= dict(percent=percent, md=escape, rate=format_rate, encode=e
 
 def write_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: pd.DataFrame,
                  classes: pd.DataFrame) -> str:
-    """A run that `command` started on one page of Markdown, figures included.
-
-    The others are the contents of its metrics.json, history.csv, schedule.csv, misclassified.csv and classes.csv.
-    """
+    """A run that `command` started as Markdown; `m` is its metrics.json, and the others are what its tables hold."""
     return TEMPLATES.get_template('report.md').render(
         m=m, o=m['options'], recipe=m['recipe'], command=command, history=history, schedule=schedule, wrong=len(wrong),
         classes=classes.to_dict('records'), confused=list_confusions(wrong, 3).to_dict('records'))

@@ -6,7 +6,7 @@ from fastai.vision.all import *
 
 from lab import figures
 from lab.errors import RunError
-from lab.evaluate import get_log_probs, list_misclassified, per_class_scores
+from lab.evaluate import get_log_probs, per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.report import percent, write_page, write_report
@@ -100,11 +100,11 @@ def save_results(run: Run, learn: Learner):
     dls, h, out, answers, model = learn.dls, learn.history, run.folder, learn.misclassified, unwrap(learn.model)
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
     ds, device, epoch = dls.valid_ds, one_param(model).device, answers.find_epoch(model)
-    targets, log_probs = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items]), answers.log_probs
-    if epoch != len(h.rows) or log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
-        log_probs = get_log_probs(learn, get_images(ds, range_of(ds.items)))
+    targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
+    if epoch != len(h.rows) or answers.log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
+        answers.log_probs, answers.targets = get_log_probs(learn, get_images(ds, range_of(ds.items))), targets
+    log_probs, wrong = answers.log_probs, answers.table()
     predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
-    wrong = list_misclassified(log_probs, targets, ds.items, dls.vocab, dls.path)
     classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(ds, wrong.index)
     m = dict(
         parameters=total_params(model)[0], lr_min=run.lrs[0], lr_max=run.lrs[1], precision=run.precision,

@@ -11,7 +11,7 @@ from fastai.vision.all import PILImage, RandTransform, TensorImage, TfmdDL, ToTe
 from PIL import Image
 
 from lab.errors import InputError
-from lab.loader import Augmentation, RGBImage, decode_images, image_files, open_image
+from lab.loader import Augmentation, RGBImage, decode_images, image_files
 from train_fastai import FlipLR, get_dls, get_learner, main
 
 
@@ -145,7 +145,7 @@ def test_what_is_transparent_is_white(tmp_path):
         image = np.asarray(RGBImage.create(file))
         assert image[16, 16].tolist() == [200, 0, 0]
         assert (image[0] == 255).all()
-        assert (np.asarray(open_image(file.read_bytes())) == image).all()
+        assert (np.asarray(RGBImage.create(file.read_bytes())) == image).all()
 
 
 def other_size(path): save(path/'train/red/0.png', np.zeros((32, 33, 3), 'uint8'))
