@@ -74,16 +74,13 @@ def get_empty_dls(vocab: list[str]) -> DataLoaders:
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
     """The image files in `paths`, and their classes if that is one folder with sub-folders. Raises `InputError`."""
-    files = []
-    for path in paths:
-        files += list_images(Path(path)) if os.path.isdir(path) else [Path(path)]
+    files = L(paths).map(lambda path: list_images(path) if os.path.isdir(path) else [Path(path)]).concat()
     if not files: raise InputError(f'there are no images in {" ".join(paths)}' if paths else 'no image was given')
     root = Path(paths[0])
     if len(paths) > 1 or all(f.parent in (root, root.parent) for f in files): return files, None
-    for f in files:
-        if f.parent.parent != root or f.parent.name not in vocab:
-            test = f'; the test images are in {root/"test"}' if (root/'test').is_dir() else ''
-            raise InputError(f'{f} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}{test}')
+    if wrong := first(files, lambda f: f.parent.parent != root or f.parent.name not in vocab):
+        test = f'; the test images are in {root/"test"}' if (root/'test').is_dir() else ''
+        raise InputError(f'{wrong} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}{test}')
     return files, [vocab.index(f.parent.name) for f in files]
 
 

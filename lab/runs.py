@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import shlex
 
 from fastai.vision.all import *
@@ -18,7 +17,6 @@ from lab.speed import resolve_precision, unwrap
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
-NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP  # of NFS and FUSE
 
 
 def atomic_write(file: Path, content: bytes):
@@ -48,9 +46,8 @@ def load_state(file: Path) -> dict:
     """What `torch.save` wrote to `file`; no code from the file is run. Raises `InputError`, also for other contents."""
     try: return torch.load(file, map_location='cpu', weights_only=True)
     except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
-    except pickle.UnpicklingError as e:
-        raise InputError(f'{file} holds more than weights and plain values; it was not opened') from e
-    except Exception as e: raise InputError(f'{file} is damaged ({one_line(e)[:100]})') from e
+    except Exception as e:
+        raise InputError(f'{file} is damaged, or holds more than weights and plain values; it was not opened') from e
 
 
 @contextlib.contextmanager
@@ -237,10 +234,7 @@ class Run:
             lock.touch()  # `FileLock` would make the folder
             self.stack.enter_context(FileLock(lock, timeout=0))
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-            print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
+        except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
         self.stack.enter_context(contextlib.suppress(OSError))
         self.stack.callback(lock.unlink)  # while it is held: nobody else is in
 
