@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Use a finished run: classify images, evaluate a labelled folder, export the network.
 
-    python predict.py runs/X cat.png dog.jpg     # class and probability of each, and the next two candidates
+    python predict.py runs/X cat.png dog.jpg     # the likeliest classes; images may have any size
     python predict.py runs/X pictures            # the same for every image in a folder
     python predict.py runs/X data/test           # a sub-folder per class: accuracy, precision, recall, confusions
     python predict.py runs/X --export net.onnx   # the network for other programs; also .pt2 and .safetensors
@@ -96,12 +96,11 @@ def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> 
 
 def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
     """The accuracy, in words and tables; `log_probs`, and `flipped` of mirror images, (N, classes), `targets` (N,)."""
-    def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
     actual, predicted = (np.array(vocab)[o] for o in (targets, log_probs.argmax(1)))
     confused = list_confusions(pd.DataFrame(dict(actual=actual, predicted=predicted)))
     return f'''{len(targets):,} images
-accuracy                     {accuracy(log_probs)}
-accuracy, flip averaging     {accuracy((log_probs + flipped) / 2)}   (mean log-probability of image and mirror)
+accuracy                     {percent(accuracy(log_probs, targets).item(), 2)}
+accuracy, flip averaging     {percent(accuracy(log_probs + flipped, targets).item(), 2)}   (image and mirror)
 
 {format_table(per_class_scores(log_probs, targets, vocab))}
 
@@ -141,8 +140,7 @@ def export_network(learn: Learner, file: Path):
 @one_line_errors('predict.py')
 def main(args: list[str] | None = None):
     """Predict, evaluate or export with the arguments of the command line, or of `args`."""
-    parser = argparse.ArgumentParser(description='Name what images show: always one of the classes that the run was '
-                                     'trained on. Images may have any size: the centre square is resized to 32×32.')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', help='folder of a finished run')
     parser.add_argument('images', nargs='*', help='images or folders; one with a sub-folder per class is evaluated')
     parser.add_argument('--csv', action='store_true', help='print comma-separated values, a row per image')

@@ -29,9 +29,7 @@ def on_first(f: Callable, *args) -> Any:
 @contextlib.contextmanager
 def data_parallel(learn: Learner):
     """Context manager that trains `learn` data-parallel, each process on its part of a batch."""
-    with contextlib.ExitStack() as stack:
-        if num_distrib() > 1:
-            import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
-            stack.enter_context(replaced(learn.dls.train, 'bs', learn.dls.train.bs // num_distrib()))
-            stack.enter_context(learn.distrib_ctx(sync_bn=next(learn.model.parameters()).is_cuda))  # CPUs have none
-        yield
+    if num_distrib() < 2: return (yield)
+    import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
+    dl, on_gpu = learn.dls.train, one_param(learn.model).is_cuda  # torch has no synchronised batch norm for CPUs
+    with replaced(dl, 'bs', dl.bs // num_distrib()), learn.distrib_ctx(sync_bn=on_gpu): yield
