@@ -226,11 +226,12 @@ class Run:
         self.start -= self.state['seconds_total']
         return type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
 
-    def lock(self):
-        """Lock the run's folder: a second run in it is refused. Raises `InputError`."""
+    def lock(self, make: bool = False):
+        """Lock the run's folder, which `make` makes: a second run in it is refused. Raises `InputError`."""
         if rank_distrib(): return
         lock = self.folder/'.lock'
         try:
+            if make: self.folder.mkdir(parents=True, exist_ok=True)
             lock.touch()  # `FileLock` would make the folder
             self.stack.enter_context(FileLock(lock, timeout=0))
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
@@ -264,9 +265,7 @@ class Run:
         if self.state.get('fingerprint', self.fingerprint) != self.fingerprint:
             raise InputError(f'these are not the images that the run in {self.folder} was trained on')
         if self.state: return
-        try: self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-        self.lock()
+        self.lock(make=True)
         self.check_free()  # another run may have come first
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
