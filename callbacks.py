@@ -2,7 +2,7 @@
 from fastai.vision.all import *
 
 from lab.errors import RunError
-from lab.runs import TrainingCallback
+from lab.runs import TrainingCallback, digest_weights
 from lab.speed import unwrap
 
 AFTER_RECORDER = Recorder.order + 1
@@ -73,13 +73,6 @@ class History(TrainingCallback):
     def train_accuracy(self) -> float: return self.trained[1]
 
 
-def digest_weights(model: nn.Module) -> str:
-    """A digest of the weights and statistics of `model`, whatever their memory layout."""
-    digest = hashlib.sha256()
-    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class Misclassified(TrainingCallback):
     """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
 
@@ -114,11 +107,6 @@ class Misclassified(TrainingCallback):
             predicted=vocab[predicted], probability=log_prob.exp(),
             loss=F.nll_loss(self.log_probs, self.targets, reduction='none')))
         return table[(predicted != self.targets).numpy()].sort_values('loss', ascending=False, kind='stable')
-
-    def find_epoch(self, model: nn.Module) -> int | None:
-        """The last epoch, from 1, that was tested with the weights of `model`."""
-        written = digest_weights(model)
-        return last([i for i, digest in enumerate(self.digests, 1) if digest == written] or [None])
 
 
 class StopOnNaN(TrainingCallback):

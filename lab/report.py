@@ -59,5 +59,4 @@ def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tens
     data = dict(classes=names, right=right.tolist(), matrix=len(names) <= 50, wrong=rows.values.tolist(),
                 cells=list_confusions(rows, len(rows)).values.tolist(),
                 maps=maps is not None and [*maps.shape[2:], encode((255 * maps).round().byte().numpy())])
-    return TEMPLATES.get_template('page.html').render(m=m, data=data,
-                                                      charts={file.stem: file for file in folder.glob('*.png')})
+    return TEMPLATES.get_template('page.html').render(m=m, data=data, folder=folder)

@@ -10,7 +10,7 @@ from lab.evaluate import get_log_probs, per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.report import percent, write_page, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, nonfatal, save_csv, save_state
 from lab.speed import device_name, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -99,7 +99,8 @@ def save_results(run: Run, learn: Learner):
     if rank_distrib(): return
     dls, h, out, answers, model = learn.dls, learn.history, run.folder, learn.misclassified, unwrap(learn.model)
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
-    ds, device, epoch = dls.valid_ds, one_param(model).device, answers.find_epoch(model)
+    ds, device = dls.valid_ds, one_param(model).device
+    epoch = {digest: i for i, digest in enumerate(answers.digests, 1)}.get(digest_weights(model))  # the last one's
     targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
     if epoch != len(h.rows) or answers.log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
         answers.log_probs, answers.targets = get_log_probs(learn, get_images(ds, range_of(ds.items))), targets

@@ -50,6 +50,13 @@ def load_state(file: Path) -> dict:
         raise InputError(f'{file} is damaged, or holds more than weights and plain values; it was not opened') from e
 
 
+def digest_weights(model: nn.Module) -> str:
+    """A digest of the weights and statistics of `model`, whatever their memory layout."""
+    digest = hashlib.sha256()
+    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def nonfatal(file: Path):
     """Context manager that reports a failed table or figure on stderr and carries on."""
@@ -139,8 +146,7 @@ class Checkpoint(TrainingCallback):
         """Write history.csv and schedule.csv."""
         for name, rows, columns in (('history.csv', self.history.rows, self.history.columns),
                                     ('schedule.csv', self.history.schedule, ('batch', 'lr', 'momentum'))):
-            file = self.of.folder/name
-            with nonfatal(file): save_csv(file, pd.DataFrame(rows, columns=columns))
+            with nonfatal(file := self.of.folder/name): save_csv(file, pd.DataFrame(rows, columns=columns))
 
     def restore(self, model, opt, grads, states, plan, train_iter, epochs_done, **_) -> int:
         """Put back everything that `save` has stored; return how many epochs of the fit were done."""
@@ -186,7 +192,7 @@ def limit_to_quick_look(o):
     return dataclasses.replace(o, quick=True, **{k: min(getattr(o, k), limit) for k, limit in QUICK.items()})
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
     `options` is an `Options`; `given` names those that were given on the command line. With `options.resume`, the
@@ -286,8 +292,6 @@ class Run:
         launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
         return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])
-
-    def __enter__(self): return self
 
     def __exit__(self, kind, e: BaseException | None, traceback):
         self.stack.close()
