@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from lab.errors import InputError, RunError, one_line
 from lab.loader import fingerprint
 from lab.processes import on_first
-from lab.sources import NetworkError, get_data, get_sample
+from lab.sources import get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
@@ -255,12 +255,12 @@ class Run(contextlib.AbstractContextManager):
     def locate_images(self) -> dict:
         """The arguments of `get_dls`. A quick look takes the sample, or a tenth of a given folder.
 
-        The bare command, with no option but --out, turns into a quick look without a network. Raises `InputError`.
+        The bare command, with no option but --out, turns into one where CIFAR-10 cannot be had. Raises `InputError`.
         """
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
-        except NetworkError as e:
-            if not self.bare: raise InputError(f'{e}, or --quick, which needs none') from e
+        except InputError as e:
+            if not self.bare: raise
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
             self.options, path = (o := limit_to_quick_look(o)), get_sample()
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
