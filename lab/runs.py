@@ -151,8 +151,7 @@ class Checkpoint(TrainingCallback):
     def restore(self, model, opt, grads, states, plan, train_iter, epochs_done, **_) -> int:
         """Put back everything that `save` has stored; return how many epochs of the fit were done."""
         if plan != self.plan():
-            raise RunError('this fit has other callbacks, epochs or rates than when it was started; '
-                           'it cannot be resumed')
+            raise RunError('this fit has other callbacks, epochs or rates than when it started; it cannot be resumed')
         inside = unwrap(self.model)
         inside.load_state_dict(model)
         self.opt.load_state_dict(opt)
@@ -187,8 +186,7 @@ def check_options(o):
 
 def limit_to_quick_look(o):
     """The options `o` of a quick look, which takes minutes."""
-    print('A quick look: one image in ten, at most 4 epochs, batches of at most 64. Its numbers say nothing about the '
-          'recipe.')
+    print('A quick look: one image in ten, at most 4 epochs, batches of at most 64. It says nothing about the recipe.')
     return dataclasses.replace(o, quick=True, **{k: min(getattr(o, k), limit) for k, limit in QUICK.items()})
 
 
@@ -225,8 +223,7 @@ class Run(contextlib.AbstractContextManager):
             self.lock()  # first, since another run might still replace the checkpoint
             try: self.state = load_state(self.folder/CHECKPOINT)
             except InputError as e: raise InputError(f'{resume}: {e}; start a run without --resume') from e
-            ours = isinstance(self.state, dict) and 'states' in self.state
-            if not ours or self.state['options'].keys() != vars(o).keys():
+            if not isinstance(self.state, dict) or self.state.get('options', {}).keys() != vars(o).keys():
                 raise InputError(f'{resume}: {CHECKPOINT} was not written by this version of the program')
             self.stack = self.stack.pop_all()
         self.start -= self.state['seconds_total']
