@@ -77,7 +77,7 @@ def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds:
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3  # forward passes alone take a third
     minutes = run.options.epochs * batches * seconds / len(curve) / 60
-    print(f'At this pace {run.options.epochs} epochs will take about {minutes:.1f} min.', flush=True)
+    print(f'At this pace training will take about {minutes:.1f} min.', flush=True)
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 
