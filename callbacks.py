@@ -1,12 +1,8 @@
 """What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights, NaN."""
-import hashlib
-import math
-
 from fastai.vision.all import *
 
 from lab.errors import RunError
-from lab.evaluate import list_misclassified
-from lab.runs import TrainingCallback
+from lab.runs import TrainingCallback, digest_weights
 from lab.speed import unwrap
 
 AFTER_RECORDER = Recorder.order + 1
@@ -76,17 +72,6 @@ class History(TrainingCallback):
 
     def train_accuracy(self) -> float: return self.trained[1]
 
-    def state_dict(self) -> dict: return {k: vars(self)[k] for k in ('rows', 'schedule', 'seconds_training')}
-
-    def load_state_dict(self, state: dict): vars(self).update(state)
-
-
-def digest_weights(model: nn.Module) -> str:
-    """A digest of the weights and statistics of `model`, whatever their memory layout."""
-    digest = hashlib.sha256()
-    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
 
 class Misclassified(TrainingCallback):
     """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
@@ -116,16 +101,12 @@ class Misclassified(TrainingCallback):
 
     def table(self) -> pd.DataFrame:
         """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""
-        return list_misclassified(self.log_probs, self.targets, self.dls.valid_ds.items, self.dls.vocab, self.dls.path)
-
-    def find_epoch(self, model: nn.Module) -> int | None:
-        """The last epoch, from 1, that was tested with the weights of `model`."""
-        written = digest_weights(model)
-        return last([i for i, digest in enumerate(self.digests, 1) if digest == written] or [None])
-
-    def state_dict(self) -> dict: return dict(log_probs=self.log_probs, targets=self.targets, digests=self.digests)
-
-    def load_state_dict(self, state: dict): vars(self).update(state)
+        vocab, path, (log_prob, predicted) = np.array(self.dls.vocab), self.dls.path, self.log_probs.max(dim=1)
+        table = pd.DataFrame(dict(
+            file=[f.relative_to(path).as_posix() for f in self.dls.valid_ds.items], actual=vocab[self.targets],
+            predicted=vocab[predicted], probability=log_prob.exp(),
+            loss=F.nll_loss(self.log_probs, self.targets, reduction='none')))
+        return table[(predicted != self.targets).numpy()].sort_values('loss', ascending=False, kind='stable')
 
 
 class StopOnNaN(TrainingCallback):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Use a finished run: classify images, evaluate a labelled folder, export the network.
 
-    python predict.py runs/X cat.png dog.jpg     # class and probability of each, and the next two candidates
+    python predict.py runs/X cat.png dog.jpg     # the likeliest classes; images may have any size
     python predict.py runs/X pictures            # the same for every image in a folder
     python predict.py runs/X data/test           # a sub-folder per class: accuracy, precision, recall, confusions
     python predict.py runs/X --export net.onnx   # the network for other programs; also .pt2 and .safetensors
@@ -12,9 +12,6 @@ import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import argparse
 import importlib
-import io
-import json
-import sys
 
 from fastai.vision.all import *
 from torchvision.transforms import v2
@@ -69,24 +66,21 @@ def get_empty_dls(vocab: list[str]) -> DataLoaders:
     """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
     blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
     def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)
-    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_items=lambda _: [blank, blank],
-                      get_y=label, splitter=IndexSplitter([1]), item_tfms=CenterResize(),
-                      batch_tfms=Normalize.from_stats(*cifar_stats), dl_type=BatchDL)
-    return block.dataloaders('.', bs=1, num_workers=0).new_empty()
+    block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_y=label, dl_type=BatchDL,
+                      splitter=IndexSplitter([1]), item_tfms=CenterResize(),
+                      batch_tfms=Normalize.from_stats(*cifar_stats))
+    return block.dataloaders([blank, blank], bs=1, num_workers=0).new_empty()
 
 
 def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[int] | None]:
     """The image files in `paths`, and their classes if that is one folder with sub-folders. Raises `InputError`."""
-    files = []
-    for path in paths:
-        files += list_images(Path(path)) if os.path.isdir(path) else [Path(path)]
+    files = L(paths).map(lambda path: list_images(path) if os.path.isdir(path) else [Path(path)]).concat()
     if not files: raise InputError(f'there are no images in {" ".join(paths)}' if paths else 'no image was given')
     root = Path(paths[0])
     if len(paths) > 1 or all(f.parent in (root, root.parent) for f in files): return files, None
-    for f in files:
-        if f.parent.parent != root or f.parent.name not in vocab:
-            test = f'; the test images are in {root/"test"}' if (root/'test').is_dir() else ''
-            raise InputError(f'{f} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}{test}')
+    if wrong := first(files, lambda f: f.parent.parent != root or f.parent.name not in vocab):
+        test = f'; the test images are in {root/"test"}' if (root/'test').is_dir() else ''
+        raise InputError(f'{wrong} is not in a sub-folder with the name of a class: {root}/{"|".join(vocab)}{test}')
     return files, [vocab.index(f.parent.name) for f in files]
 
 
@@ -102,12 +96,11 @@ def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> 
 
 def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
     """The accuracy, in words and tables; `log_probs`, and `flipped` of mirror images, (N, classes), `targets` (N,)."""
-    def accuracy(p): return percent((p.argmax(1) == targets).float().mean(), 2)
     actual, predicted = (np.array(vocab)[o] for o in (targets, log_probs.argmax(1)))
     confused = list_confusions(pd.DataFrame(dict(actual=actual, predicted=predicted)))
     return f'''{len(targets):,} images
-accuracy                     {accuracy(log_probs)}
-accuracy, flip averaging     {accuracy((log_probs + flipped) / 2)}   (mean log-probability of image and mirror)
+accuracy                     {percent(accuracy(log_probs, targets).item(), 2)}
+accuracy, flip averaging     {percent(accuracy(log_probs + flipped, targets).item(), 2)}   (image and mirror)
 
 {format_table(per_class_scores(log_probs, targets, vocab))}
 
@@ -144,33 +137,29 @@ def export_network(learn: Learner, file: Path):
     atomic_write(file, content.getvalue())
 
 
+@one_line_errors('predict.py')
 def main(args: list[str] | None = None):
     """Predict, evaluate or export with the arguments of the command line, or of `args`."""
-    parser = argparse.ArgumentParser(description='Name what images show: always one of the classes that the run was '
-                                     'trained on. Images may have any size: the centre square is resized to 32×32.')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', help='folder of a finished run')
     parser.add_argument('images', nargs='*', help='images or folders; one with a sub-folder per class is evaluated')
     parser.add_argument('--csv', action='store_true', help='print comma-separated values, a row per image')
     parser.add_argument('--export', type=Path, help=f'write the network to this file: {", ".join(EXPORTS)}')
-    with one_line_errors('predict.py'): predict(**vars(parser.parse_intermixed_args(args)))
-
-
-def predict(run: str, images: list[str], csv: bool = False, export: Path | None = None):
-    """Print what `images` show, or how accurately they are classified; write the network to the file `export`."""
-    learn = load_run(run)
+    o = parser.parse_intermixed_args(args)
+    learn = load_run(o.run)
     vocab = list(learn.dls.vocab)
-    if export:
-        export_network(learn, export)
-        print(f'The network is in {export}', file=sys.stderr if images else sys.stdout)
-        if not images: return
-    files, targets = find_images(images, vocab)
+    if o.export:
+        export_network(learn, o.export)
+        print(f'The network is in {o.export}', file=sys.stderr if o.images else sys.stdout)
+        if not o.images: return
+    files, targets = find_images(o.images, vocab)
     pixels = decode_images(files, resize=True)
-    if not show_progress() or csv: learn.remove_cb(ProgressCallback)
+    if not show_progress() or o.csv: learn.remove_cb(ProgressCallback)
     with fast(learn):
         log_probs = get_log_probs(learn, pixels)
-        flipped = get_log_probs(learn, pixels.flip(-1)) if targets and not csv else None
+        flipped = get_log_probs(learn, pixels.flip(-1)) if targets and not o.csv else None
     table = list_predictions(files, log_probs, vocab)
-    if csv:
+    if o.csv:
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
         table.to_csv(sys.stdout, index=False, lineterminator='\n')
     elif targets: print(describe_accuracy(log_probs, flipped, tensor(targets), vocab))

@@ -41,7 +41,6 @@ def one_line_errors(program: str):
     try:
         yield
         if sys.stdout: sys.stdout.flush()  # at exit it would be too late to notice a closed pipe
-        return
     except BrokenPipeError:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for what Python flushes at exit
         sys.exit(141)
@@ -49,4 +48,4 @@ def one_line_errors(program: str):
         message, code = f'error: {e}', 2 if isinstance(e, InputError) else 1
         if isinstance(e, KeyboardInterrupt): message, code = 'interrupted', (*e.args, 130)[0]
         print(f'{program}: {"; ".join([message, *getattr(e, "__notes__", [])])}', file=sys.stderr)
-    sys.exit(code)
+        sys.exit(code)

@@ -1,10 +1,8 @@
-"""A network's predictions and how accurate they are: log-probabilities, confusion matrix, scores, errors."""
+"""A network's predictions and how accurate they are: log-probabilities, scores of the classes, frequent errors."""
 from fastai.vision.all import *
 from sklearn.metrics import precision_recall_fscore_support
 
 from lab.processes import alone
-
-PREDICT_BS = 512
 
 
 @alone()
@@ -14,7 +12,7 @@ def get_log_probs(learn: Learner, images: Tensor) -> Tensor:
     A network may end in logits or in log-probabilities, which log-softmax leaves as they are.
     """
     device, after_batch = next(learn.model.parameters()).device, learn.dls.valid.after_batch
-    batches = L(images.split(PREDICT_BS)).map(lambda x: after_batch((TensorImage(x.to(device).contiguous()),)))
+    batches = L(images.split(512)).map(lambda x: after_batch((TensorImage(x.to(device).contiguous()),)))
     return learn.get_preds(dl=batches, act=partial(F.log_softmax, dim=1, dtype=torch.float32))[0].as_subclass(Tensor)
 
 
@@ -29,18 +27,3 @@ def list_confusions(answers: pd.DataFrame, n: int = 10) -> pd.DataFrame:
     """The at most `n` most frequent errors in `answers` (`actual, predicted`), each with its number of `images`."""
     wrong = answers[answers.actual != answers.predicted]
     return wrong.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(n, 'images')
-
-
-def list_misclassified(log_probs: Tensor, targets: Tensor, files: Sequence[Path], vocab: list[str], path: Path
-                       ) -> pd.DataFrame:
-    """Every wrong image as `file, actual, predicted, probability, loss`, the largest loss first.
-
-    `log_probs` (N, classes) float and `targets` (N,) int64 belong to the `files`, which are shown relative to `path`.
-    The index is an image's place among them.
-    """
-    vocab = np.array(vocab)
-    log_prob, predicted = log_probs.max(dim=1)
-    table = pd.DataFrame(dict(
-        file=[f.relative_to(path).as_posix() for f in files], actual=vocab[targets], predicted=vocab[predicted],
-        probability=log_prob.exp(), loss=F.nll_loss(log_probs, targets, reduction='none')))
-    return table[(predicted != targets).numpy()].sort_values('loss', ascending=False, kind='stable')

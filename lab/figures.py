@@ -40,9 +40,8 @@ def draw_schedule(rows: list[dict], batches_per_epoch: float) -> Figure:
         top.plot(batch[at], lr[at], marker, color=MARK, label=label)
     top.legend(loc='upper right')
     top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
-    epochs = top.secondary_xaxis('top', functions=(lambda b: b / batches_per_epoch, lambda e: e * batches_per_epoch))
-    epochs.set_xlabel('epoch')
-    epochs.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    to_epochs = (lambda batch: batch / batches_per_epoch), (lambda epoch: epoch * batches_per_epoch)
+    top.secondary_xaxis('top', functions=to_epochs).set_xlabel('epoch')
     bottom.plot(batch, momentum, color='black')
     bottom.set(xlabel='iteration (training batch)', ylabel='momentum (β₁)')
     return fig
@@ -50,10 +49,7 @@ def draw_schedule(rows: list[dict], batches_per_epoch: float) -> Figure:
 
 @curves
 def draw_history(rows: list[dict], label_smoothing: float = 0., target: float = 0.9) -> Figure:
-    """Loss and accuracy of both sets, epoch by epoch; `rows` as in history.csv.
-
-    `label_smoothing` is that of the training loss, which the legend mentions.
-    """
+    """Loss, in training with `label_smoothing`, and accuracy of both sets by epoch; `rows` as in history.csv."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
     for ax, name, smoothed in ((left, 'loss', ', labels smoothed' * bool(label_smoothing)), (right, 'accuracy', '')):
         pd.DataFrame(rows).plot(

@@ -1,9 +1,4 @@
 """From files to pixels to whole batches: a data folder's images, their one reader, and a fast loader."""
-import hashlib
-import io
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 from fastai.vision.all import *
 from PIL import ImageOps
 
@@ -19,12 +14,8 @@ def show_progress() -> bool:
 
 
 def list_images(path: Path) -> L:
-    """All files in `path` with an extension that Pillow reads, sorted; one line on stderr counts the others."""
-    kinds = Image.registered_extensions()
-    files = groupby(get_files(path).sorted(), lambda f: kinds.get(f.suffix.lower()) in Image.OPEN)
-    if others := files.get(False):
-        print(f'{path}: files left out, since they are no images: {len(others)}, as {others[0].name}', file=sys.stderr)
-    return L(files.get(True))
+    """All files in `path` with an extension that Pillow reads, sorted."""
+    return get_files(path, {o for o, kind in Image.registered_extensions().items() if kind in Image.OPEN}).sorted()
 
 
 def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
@@ -50,31 +41,25 @@ def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     return L(o[::every] for o in images.values()).concat()
 
 
-def open_image(source: Path | str | bytes | io.IOBase | Image.Image) -> Image.Image:
-    """The first image in a file, in bytes or in a PIL image, of any kind and size, as RGB. Raises `InputError`.
-
-    All images are read by it. It turns them upright, as their camera noted, and makes white what is transparent.
-    """
-    try:
-        if isinstance(source, bytes): source = io.BytesIO(source)
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
-        if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-        return image.convert('RGB')
-    except Exception as e:  # Pillow's many kinds
-        raise InputError(f'{source} cannot be read as an image ({one_line(e)})') from e
-
-
 class RGBImage(PILImage):
-    """A `PILImage` that `open_image` has read, unless it comes from an array or tensor."""
+    """A `PILImage` of any file: upright, as its camera noted, with white for what is transparent. It reads all images.
+
+    `create` takes the first image in a file, in bytes or in a PIL image, or an array or tensor. Raises `InputError`.
+    """
 
     @classmethod
     def create(cls, fn: Path | str | Tensor | ndarray | bytes | io.IOBase | Image.Image, **kwargs):
         if isinstance(fn, cls | Tensor | ndarray): return super().create(fn, **kwargs)
-        return cls(open_image(fn))
+        try:
+            image = fn if isinstance(fn, Image.Image) else Image.open(io.BytesIO(fn) if isinstance(fn, bytes) else fn)
+            if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
+            if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+            return cls(image.convert('RGB'))
+        except Exception as e:  # Pillow's many kinds
+            raise InputError(f'{fn} cannot be read as an image ({one_line(e)})') from e
 
 
 class CenterResize(DisplayedTransform):
@@ -132,16 +117,14 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
     With `resize`, images of another size become 32×32 by their centre square. Raises `InputError`.
     """
     def decode(file: Path) -> ndarray:
-        image = fit_size(open_image(file)) if resize else open_image(file)
+        image = fit_size(RGBImage.create(file)) if resize else RGBImage.create(file)
         if image.size == (SIZE, SIZE): return np.array(image)
         raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre '
                          'square of every image')
 
-    pixels = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
     # Threads, since Pillow lets others run, and worker processes need shared memory and a guarded script.
-    with ThreadPoolExecutor(min(4, defaults.cpus)) as pool:
-        for i, image in enumerate(pool.map(decode, files)): pixels[i] = image
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    images = parallel(decode, files, n_workers=min(4, defaults.cpus), threadpool=True)
+    return torch.from_numpy(np.array(images, np.uint8).reshape(-1, SIZE, SIZE, 3)).permute(0, 3, 1, 2)
 
 
 def source_of(dataset) -> list:

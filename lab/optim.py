@@ -77,7 +77,5 @@ class FusedAdam(TorchOptimizer):
     """
 
     def __init__(self, params, lr: float, mom: float = .95, sqr_mom: float = .99, eps: float = 1e-5, wd: float = .01):
-        params = L(params)  # a splitter may return a generator
-        device = first(p for o in params for p in (o if isinstance(o, list | L) else [o])).device
         super().__init__(params, torch.optim.AdamW, lr=lr, betas=(mom, sqr_mom), eps=eps, weight_decay=wd,
-                         fused=device.type in ('cpu', 'cuda'), foreach=False)  # None would break TensorBoardCallback
+                         fused=True, foreach=False)  # None would break TensorBoardCallback

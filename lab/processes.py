@@ -1,11 +1,10 @@
 """Several processes, one for each GPU, as `accelerate launch` starts them; with one, all of this does nothing."""
 import contextlib
-import sys
-from typing import Any
 
 from fastai.vision.all import *
 
 replaced = contextlib.contextmanager(replacing_yield)  # an attribute of an object, for a while
+alone = partial(modified_env, 'WORLD_SIZE')  # a while in which rank 0 works without those for whom fastai would wait
 
 
 @contextlib.contextmanager
@@ -19,15 +18,6 @@ def join_processes():
     if num_distrib() > 1: torch.distributed.destroy_process_group()  # not after an error: the others may not come
 
 
-@contextlib.contextmanager
-def alone():
-    """Context manager, or decorator, in which rank 0 works without the others, for whom fastai would wait."""
-    processes = os.environ.pop('WORLD_SIZE', None)
-    try: yield
-    finally:
-        if processes: os.environ['WORLD_SIZE'] = processes
-
-
 def on_first(f: Callable, *args) -> Any:
     """What `f(*args)` returns in rank 0, for all processes."""
     if num_distrib() < 2: return f(*args)
@@ -38,13 +28,8 @@ def on_first(f: Callable, *args) -> Any:
 
 @contextlib.contextmanager
 def data_parallel(learn: Learner):
-    """Context manager that trains `learn` data-parallel, each process on its part of a batch.
-
-    On GPUs batch norm is synchronised; torch has no such batch norm for CPUs.
-    """
-    with contextlib.ExitStack() as stack:
-        if num_distrib() > 1:
-            import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
-            stack.enter_context(replaced(learn.dls.train, 'bs', learn.dls.train.bs // num_distrib()))
-            stack.enter_context(learn.distrib_ctx(sync_bn=next(learn.model.parameters()).is_cuda))
-        yield
+    """Context manager that trains `learn` data-parallel, each process on its part of a batch."""
+    if num_distrib() < 2: return (yield)
+    import fastai.distributed  # noqa: F401, gives `Learner` its distrib_ctx
+    dl, on_gpu = learn.dls.train, one_param(learn.model).is_cuda  # torch has no synchronised batch norm for CPUs
+    with replaced(dl, 'bs', dl.bs // num_distrib()), learn.distrib_ctx(sync_bn=on_gpu): yield

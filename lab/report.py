@@ -1,10 +1,13 @@
-"""A run as one page of Markdown, from the template report.md."""
+"""A run as one page of Markdown, and its errors as a page for a browser, from the templates report.md and page.html."""
+import base64
 import math
 import re
 from pathlib import Path
 
 import jinja2
 import pandas as pd
+from torch import Tensor
+from torchvision.io import encode_png
 
 from lab.evaluate import list_confusions
 
@@ -25,17 +28,35 @@ def format_rate(lr: float) -> str:
     return f'{digits}·10{str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))}'
 
 
+def encode(content: bytes) -> str: return base64.b64encode(content).decode()
+
+
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True,
                                undefined=jinja2.StrictUndefined, autoescape=jinja2.select_autoescape())  # in HTML
-TEMPLATES.filters |= dict(percent=percent, md=escape, rate=format_rate)
+TEMPLATES.filters |= dict(percent=percent, md=escape, rate=format_rate, encode=encode)
 
 
 def write_report(m: dict, command: str, history: list[dict], schedule: list[dict], wrong: pd.DataFrame,
                  classes: pd.DataFrame) -> str:
-    """A run that `command` started on one page of Markdown, figures included.
-
-    The others are the contents of its metrics.json, history.csv, schedule.csv, misclassified.csv and classes.csv.
-    """
+    """A run that `command` started as Markdown; `m` is its metrics.json, and the others are what its tables hold."""
     return TEMPLATES.get_template('report.md').render(
         m=m, o=m['options'], recipe=m['recipe'], command=command, history=history, schedule=schedule, wrong=len(wrong),
         classes=classes.to_dict('records'), confused=list_confusions(wrong, 3).to_dict('records'))
+
+
+def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tensor, folder: Path,
+               maps: Tensor | None = None) -> str:
+    """Every misclassified image on one self-contained page of HTML, for a browser without a server or network.
+
+    `m`, `wrong` and `classes` are the run's metrics.json, misclassified.csv and classes.csv, and its `folder` has the
+    charts; `images` (N, 3, H, W) uint8 are those of `wrong`; `maps` (N, 2, h, w) float in 0 … 1 show where the network
+    looked for the predicted and for the actual class.
+    """
+    names, pngs = [*classes['class']], [encode(encode_png(image).numpy()) for image in images]
+    rows = wrong.assign(actual=wrong.actual.map(names.index), predicted=wrong.predicted.map(names.index), png=pngs,
+                        probability=wrong.probability.round(4), loss=wrong.loss.clip(upper=1e4).round(4))
+    right = classes['images'] - rows.actual.value_counts().reindex(classes.index, fill_value=0)
+    data = dict(classes=names, right=right.tolist(), matrix=len(names) <= 50, wrong=rows.values.tolist(),
+                cells=list_confusions(rows, len(rows)).values.tolist(),
+                maps=maps is not None and [*maps.shape[2:], encode((255 * maps).round().byte().numpy())])
+    return TEMPLATES.get_template('page.html').render(m=m, data=data, folder=folder)

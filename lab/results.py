@@ -6,12 +6,11 @@ from fastai.vision.all import *
 
 from lab import figures
 from lab.errors import RunError
-from lab.evaluate import get_log_probs, list_misclassified, per_class_scores
+from lab.evaluate import get_log_probs, per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
-from lab.page import write_page
-from lab.report import percent, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, forecast, nonfatal, save_csv, save_state
+from lab.report import percent, write_page, write_report
+from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, nonfatal, save_csv, save_state
 from lab.speed import device_name, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -77,7 +76,8 @@ def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds:
     if show_progress(): print()  # the finder stops within an epoch, and its bar stays
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3  # forward passes alone take a third
-    forecast(run.options.epochs, run.options.epochs * batches * seconds / len(curve))
+    minutes = run.options.epochs * batches * seconds / len(curve) / 60
+    print(f'At this pace training will take about {minutes:.1f} min.', flush=True)
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 
@@ -99,12 +99,13 @@ def save_results(run: Run, learn: Learner):
     if rank_distrib(): return
     dls, h, out, answers, model = learn.dls, learn.history, run.folder, learn.misclassified, unwrap(learn.model)
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
-    ds, device, epoch = dls.valid_ds, one_param(model).device, answers.find_epoch(model)
-    targets, log_probs = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items]), answers.log_probs
-    if epoch != len(h.rows) or log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
-        log_probs = get_log_probs(learn, get_images(ds, range_of(ds.items)))
+    ds, device = dls.valid_ds, one_param(model).device
+    epoch = {digest: i for i, digest in enumerate(answers.digests, 1)}.get(digest_weights(model))  # the last one's
+    targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
+    if epoch != len(h.rows) or answers.log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
+        answers.log_probs, answers.targets = get_log_probs(learn, get_images(ds, range_of(ds.items))), targets
+    log_probs, wrong = answers.log_probs, answers.table()
     predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
-    wrong = list_misclassified(log_probs, targets, ds.items, dls.vocab, dls.path)
     classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(ds, wrong.index)
     m = dict(
         parameters=total_params(model)[0], lr_min=run.lrs[0], lr_max=run.lrs[1], precision=run.precision,

@@ -2,13 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
-import io
-import pickle
 import shlex
-import sys
-from datetime import datetime
-from typing import Any
 
 from fastai.vision.all import *
 from fastcore.script import anno_parser
@@ -17,13 +11,12 @@ from filelock import FileLock, Timeout
 from lab.errors import InputError, RunError, one_line
 from lab.loader import fingerprint
 from lab.processes import on_first
-from lab.sources import NetworkError, get_data, get_sample
+from lab.sources import get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
 QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
-NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP  # of NFS and FUSE
 
 
 def atomic_write(file: Path, content: bytes):
@@ -53,9 +46,15 @@ def load_state(file: Path) -> dict:
     """What `torch.save` wrote to `file`; no code from the file is run. Raises `InputError`, also for other contents."""
     try: return torch.load(file, map_location='cpu', weights_only=True)
     except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
-    except pickle.UnpicklingError as e:
-        raise InputError(f'{file} holds more than weights and plain values; it was not opened') from e
-    except Exception as e: raise InputError(f'{file} is damaged ({one_line(e)[:100]})') from e
+    except Exception as e:
+        raise InputError(f'{file} is damaged, or holds more than weights and plain values; it was not opened') from e
+
+
+def digest_weights(model: nn.Module) -> str:
+    """A digest of the weights and statistics of `model`, whatever their memory layout."""
+    digest = hashlib.sha256()
+    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -84,13 +83,6 @@ def get_state(o: Any) -> dict:
     return state
 
 
-def forecast(epochs: int, seconds: float):
-    """Say what `epochs` will take."""
-    minutes = round(seconds / 60)
-    about = f'{seconds:.0f} s' if seconds < 100 else f'{minutes} min' if minutes < 100 else f'{minutes / 60:.1f} h'
-    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
-
-
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
 
@@ -103,11 +95,11 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of that. After one epoch it says how long the rest will take.
+    epochs of it, and no other callback hears of that.
     """
     order = 1000  # last: trackers have their new state
 
-    def __init__(self, run: 'Run'): self.of, self.fits, self.told = run, 0, False
+    def __init__(self, run: 'Run'): self.of, self.fits = run, 0
 
     def others(self) -> list:
         """What has a state of its own: the other callbacks, and the smoothed loss, which a tracker may watch."""
@@ -132,12 +124,9 @@ class Checkpoint(TrainingCallback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
+        done = self.epoch + 1
         for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
-        if done <= self.skip: return
-        self.save(done)
-        if left and self.history.rows and not self.told: forecast(left, left * self.history.rows[-1]['seconds'])
-        self.told = True
+        if done > self.skip: self.save(done)
 
     def after_cancel_fit(self): self.save_tables()
 
@@ -157,14 +146,12 @@ class Checkpoint(TrainingCallback):
         """Write history.csv and schedule.csv."""
         for name, rows, columns in (('history.csv', self.history.rows, self.history.columns),
                                     ('schedule.csv', self.history.schedule, ('batch', 'lr', 'momentum'))):
-            file = self.of.folder/name
-            with nonfatal(file): save_csv(file, pd.DataFrame(rows, columns=columns))
+            with nonfatal(file := self.of.folder/name): save_csv(file, pd.DataFrame(rows, columns=columns))
 
     def restore(self, model, opt, grads, states, plan, train_iter, epochs_done, **_) -> int:
         """Put back everything that `save` has stored; return how many epochs of the fit were done."""
         if plan != self.plan():
-            raise RunError('this fit has other callbacks, epochs or rates than when it was started; '
-                           'it cannot be resumed')
+            raise RunError('this fit has other callbacks, epochs or rates than when it started; it cannot be resumed')
         inside = unwrap(self.model)
         inside.load_state_dict(model)
         self.opt.load_state_dict(opt)
@@ -195,17 +182,15 @@ def check_options(o):
             raise InputError(f'--{name.replace("_", "-")} {value} is not in {low} … {high}')
     if [o.lr_min, o.lr_max].count(None) == 1: raise InputError('--lr-min and --lr-max go together: give both or none')
     if o.bs % processes: raise InputError(f'--bs {o.bs} is not a multiple of {processes}, the number of processes')
-    resolve_precision(o.precision, default_device())
 
 
 def limit_to_quick_look(o):
     """The options `o` of a quick look, which takes minutes."""
-    print('A quick look: one image in ten, at most 4 epochs, batches of at most 64. Its numbers say nothing about the '
-          'recipe.')
+    print('A quick look: one image in ten, at most 4 epochs, batches of at most 64. It says nothing about the recipe.')
     return dataclasses.replace(o, quick=True, **{k: min(getattr(o, k), limit) for k, limit in QUICK.items()})
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
     `options` is an `Options`; `given` names those that were given on the command line. With `options.resume`, the
@@ -238,25 +223,22 @@ class Run:
             self.lock()  # first, since another run might still replace the checkpoint
             try: self.state = load_state(self.folder/CHECKPOINT)
             except InputError as e: raise InputError(f'{resume}: {e}; start a run without --resume') from e
-            ours = isinstance(self.state, dict) and 'states' in self.state
-            if not ours or self.state['options'].keys() != vars(o).keys():
+            if not isinstance(self.state, dict) or self.state.get('options', {}).keys() != vars(o).keys():
                 raise InputError(f'{resume}: {CHECKPOINT} was not written by this version of the program')
             self.stack = self.stack.pop_all()
         self.start -= self.state['seconds_total']
         return type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
 
-    def lock(self):
-        """Lock the run's folder: a second run in it is refused. Raises `InputError`."""
+    def lock(self, make: bool = False):
+        """Lock the run's folder, which `make` makes: a second run in it is refused. Raises `InputError`."""
         if rank_distrib(): return
         lock = self.folder/'.lock'
         try:
+            if make: self.folder.mkdir(parents=True, exist_ok=True)
             lock.touch()  # `FileLock` would make the folder
             self.stack.enter_context(FileLock(lock, timeout=0))
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
-        except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-            print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
+        except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
         self.stack.enter_context(contextlib.suppress(OSError))
         self.stack.callback(lock.unlink)  # while it is held: nobody else is in
 
@@ -270,12 +252,12 @@ class Run:
     def locate_images(self) -> dict:
         """The arguments of `get_dls`. A quick look takes the sample, or a tenth of a given folder.
 
-        The bare command, with no option but --out, turns into a quick look without a network. Raises `InputError`.
+        The bare command, with no option but --out, turns into one where CIFAR-10 cannot be had. Raises `InputError`.
         """
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
-        except NetworkError as e:
-            if not self.bare: raise InputError(f'{e}, or --quick, which needs none') from e
+        except InputError as e:
+            if not self.bare: raise
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
             self.options, path = (o := limit_to_quick_look(o)), get_sample()
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
@@ -286,9 +268,7 @@ class Run:
         if self.state.get('fingerprint', self.fingerprint) != self.fingerprint:
             raise InputError(f'these are not the images that the run in {self.folder} was trained on')
         if self.state: return
-        try: self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-        self.lock()
+        self.lock(make=True)
         self.check_free()  # another run may have come first
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
@@ -309,8 +289,6 @@ class Run:
         launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
         return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])
-
-    def __enter__(self): return self
 
     def __exit__(self, kind, e: BaseException | None, traceback):
         self.stack.close()

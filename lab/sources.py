@@ -1,8 +1,5 @@
 """Where the images come from: a folder that is given, CIFAR-10 found or downloaded, or the sample in the repository."""
 import contextlib
-import tempfile
-from http.client import HTTPException
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from fastai.vision.all import *
@@ -14,11 +11,6 @@ from lab.errors import InputError, one_line
 SAMPLE = Path(__file__).parents[1]/'sample/cifar10_sample.tgz'
 SIZES = dict(cifar10=60_000, cifar10_torchvision=60_000, cifar10_sample=6_000)  # images in each folder
 TIMEOUT = 20  # seconds without a byte, after which a server counts as one that does not answer
-NETWORK_ERRORS = URLError, ConnectionError, TimeoutError, HTTPException  # a full disk raises none of these
-
-
-class NetworkError(InputError):
-    """CIFAR-10 is not on this machine, and no server that has it could be reached."""
 
 
 def unpack(archive: Path | str, tmp: Path) -> Path:
@@ -54,8 +46,8 @@ def get_folder(path: Path, fill: Callable) -> Path:
     raise InputError(f'{path} does not hold the {SIZES[path.name]:,} images of CIFAR-10; remove it to get them again')
 
 
-def get_first(copies: dict[str, Callable], what: str, advice: str = 'check network and disk') -> Path:
-    """The first folder of `copies`, by name, that is there or can be made. Raises `NetworkError` and `InputError`."""
+def get_first(copies: dict[str, Callable], what: str, advice: str = 'check network and disk, or add --quick') -> Path:
+    """The first folder of `copies`, by name, that is there or can be made. Raises `InputError`."""
     try: (home := fastai_path('data')).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f'fastai cannot write to {e.filename} ({e.strerror}); set FASTAI_HOME') from e
     errors = {}
@@ -63,9 +55,8 @@ def get_first(copies: dict[str, Callable], what: str, advice: str = 'check netwo
         try: return get_folder(path, copies[path.name])
         except InputError: raise
         except Exception as e: errors[path.name] = e  # urllib, tarfile and torchvision raise many kinds
-    kind = NetworkError if all(isinstance(e, NETWORK_ERRORS) for e in errors.values()) else InputError
     reasons = '; '.join(f'{name}: {one_line(getattr(e, "reason", e))[:100]}' for name, e in errors.items())
-    raise kind(f'{what} could not be read ({reasons}); {advice}') from last(errors.values())
+    raise InputError(f'{what} could not be read ({reasons}); {advice}') from last(errors.values())
 
 
 def get_sample() -> Path:
@@ -75,10 +66,7 @@ def get_sample() -> Path:
 
 
 def get_data(path: str | Path | None = None) -> Path:
-    """The data folder: `path`, or the images of torchvision's copy in it, or CIFAR-10, found or downloaded.
-
-    Raises `NetworkError` if no server could be reached, and `InputError`.
-    """
+    """The data folder: `path`, or torchvision's copy in it as images, or CIFAR-10, downloaded. Raises `InputError`."""
     if path is None:
         return get_first(dict(cifar10=partial(unpack, URLs.CIFAR),
                               cifar10_torchvision=partial(write_torchvisions, CIFAR10.url)), 'CIFAR-10')

@@ -7,7 +7,7 @@ import torch
 from conftest import fit
 from torch import nn
 
-from lab.evaluate import get_log_probs, list_confusions, list_misclassified, per_class_scores
+from lab.evaluate import get_log_probs, list_confusions, per_class_scores
 from train_fastai import get_learner
 
 COUNTS, VOCAB = np.array([[7, 2, 1], [0, 10, 0], [4, 1, 0]]), ['cat', 'd|g', 'eel']
@@ -46,7 +46,9 @@ def test_misclassified_against_a_count_by_hand(dls, folder):
         actual, predicted = file.parent.name, dls.vocab[p.index(max(p))]
         if actual != predicted:
             expected.append((-p[dls.vocab.o2i[actual]], i, file, actual, predicted, math.exp(max(p))))
-    wrong = list_misclassified(log_probs, dls.valid_ds.labels, dls.valid_ds.items, dls.vocab, dls.path)
+    answers = get_learner(dls).misclassified
+    answers.log_probs, answers.targets = log_probs, dls.valid_ds.labels
+    wrong = answers.table()
     assert list(wrong) == ['file', 'actual', 'predicted', 'probability', 'loss']
     assert 0 < len(wrong) < 12
     for row, (loss, *same, probability) in zip(wrong.itertuples(), sorted(expected, reverse=True), strict=True):

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from lab.page import write_page
+from lab.report import write_page
 
 METRICS = dict(test_images=10_000, test_accuracy=0.9273, epochs=24, seed=42, options=dict(quick=False))
 NAMES = ['cat', '<b>x</b>', '</script><script>alert("run")</script>']
@@ -46,7 +46,7 @@ def test_its_data_are_those_of_the_tables():
     shown = np.frombuffer(base64.b64decode(values), np.uint8).reshape(7, 2, h, w)
     np.testing.assert_allclose(shown / 255, maps, atol=0.002)
     assert (data['classes'], data['right']) == (['cat', 'dog', 'eel'], [997, 998, 998])
-    files, actual, predicted, probabilities, losses = zip(*data['wrong'], strict=True)
+    files, actual, predicted, probabilities, losses, _ = zip(*data['wrong'], strict=True)
     assert list(files) == list(wrong.file)
     assert [*zip(actual, predicted, strict=True)] == [(0, 1), (1, 2), (2, 0), (0, 2), (1, 0), (2, 1), (0, 1)]
     assert probabilities == pytest.approx(list(wrong.probability), abs=1e-4)
@@ -63,10 +63,9 @@ def test_its_data_are_those_of_the_tables():
 
 def test_its_images_are_the_networks_pixel_by_pixel():
     page, _, images = make_page(['cat', 'dog', 'eel'], 300)
-    sheets = [np.asarray(Image.open(io.BytesIO(base64.b64decode(o)))).reshape(16, 32, 16, 32, 3).swapaxes(1, 2)
-              for o in re.findall(r'url\(data:image/webp;base64,(.*?)\)', page)]
-    shown = np.concatenate(sheets).reshape(512, 32, 32, 3)
-    assert (shown[:300] == images.permute(0, 2, 3, 1).numpy()).all()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for *_, png in data['wrong']]
+    assert (np.stack(shown) == images.permute(0, 2, 3, 1).numpy()).all()
 
 
 def test_a_browser_shows_it(tmp_path):
