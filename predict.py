@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Use a finished run: classify images, evaluate a labelled folder, export the network.
 
-    python predict.py runs/X cat.png dog.jpg     # the likeliest classes; images may have any size
+It always names one of the classes that the run was trained on. Of images of any size it takes the centre square.
+
+    python predict.py runs/X cat.png dog.jpg     # class and probability of each, and the next two candidates
     python predict.py runs/X pictures            # the same for every image in a folder
     python predict.py runs/X data/test           # a sub-folder per class: accuracy, precision, recall, confusions
     python predict.py runs/X --export net.onnx   # the network for other programs; also .pt2 and .safetensors

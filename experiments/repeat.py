@@ -14,6 +14,7 @@ import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import functools
 import json
+import operator
 from typing import Annotated
 
 import fastai
@@ -21,20 +22,22 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 
 import train_fastai
+from arch import ResNet
 from lab.errors import InputError, one_line_errors
 from lab.evaluate import get_log_probs
 from lab.loader import get_images
 from lab.optim import FusedAdam
 from lab.results import TARGET, find_commit
-from lab.runs import CHECKPOINT
+from lab.runs import CHECKPOINT, TrainingCallback
 from lab.sources import get_data
 from lab.speed import device_name, fast, resolve_precision
 from predict import load_run
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, Options, PadCrop, find_lrs, get_dls, get_learner
 
-# What an arm can change. `lr_max_factor` multiplies the LRMAX found; `div_final` is fastai's, by default LRMAX / LRMIN.
+# What an arm can change. `lr_max` replaces the LRMAX found and `lr_max_factor` multiplies it; `div_final` is fastai's,
+# by default LRMAX / LRMIN; `make_network` and `AlternateFlips` explain the last three.
 RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, ema=Options.ema, padding='reflect', eps=1e-5,
-              lr_max_factor=1., div_final=None)
+              lr_max=None, lr_max_factor=1., div_final=None, whiten=False, identity=False, alternate=False)
 HALF, QUARTER, WD, MEAN = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4), dict(wd=0.2), dict(padding='mean-colour')
 PLAIN = MEAN | dict(wd=0.01, label_smoothing=0., ema=0.)
 ARMS = {
@@ -47,6 +50,13 @@ ARMS = {
     'lr-max-quarter-pad-mean-colour': QUARTER | MEAN, 'lr-max-quarter-plain': QUARTER | PLAIN,
     'ends-at-lrmin': PLAIN, 'div-final-1-holds-lrmax': PLAIN | dict(div_final=1.),
     'div-final-1e5-annihilates': PLAIN | dict(div_final=1e5)}
+# Each is an arm alone, together with all others, and left out of these, since one is known to hurt alone.
+LEVERS = {
+    'smoothing-0.2': dict(label_smoothing=0.2), 'lr-max-fixed': dict(lr_max=7e-3), 'lr-max-half-wd-0.2': HALF | WD,
+    'alternating-flips': dict(alternate=True), 'whitened-prep': dict(whiten=True), 'identity': dict(identity=True)}
+ALL = functools.reduce(operator.or_, LEVERS.values())
+ARMS |= LEVERS | {'all-levers': ALL} | {
+    f'all-but-{name}': {k: v for k, v in ALL.items() if k not in lever} for name, lever in LEVERS.items()}
 KEY = ['table', 'arm', 'seed', 'epochs', 'batch_size', 'every']
 COLUMNS = [*KEY, 'train_images', 'test_images', 'lr_min', 'lr_max', 'div_final', 'minimum', 'wd', 'label_smoothing',
            'padding', 'eps', 'ema', 'accuracy', 'accuracy_flip', 'test_loss', 'train_accuracy', 'first_epoch_over_90',
@@ -98,12 +108,40 @@ def read_run(folder: Path, data: str | Path | None) -> dict:
         accuracy_flip=score(learn)['accuracy_flip'])
 
 
+class AlternateFlips(TrainingCallback):
+    """Mirrors a random half of the images before the first epoch, and all before every other (arXiv:2404.00498)."""
+
+    def before_fit(self): self.images = self.dls.train_ds.images
+
+    def before_train(self):
+        images = self.dls.train_ds.images
+        mirrored = (torch.rand(len(images)) < (1 if self.epoch else 1/2)).to(images.device)
+        self.dls.train_ds.images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+    def after_fit(self): self.dls.train_ds.images = self.images
+
+
+def make_network(dls: DataLoaders, whiten: bool, identity: bool) -> ResNet:
+    """The network; its first filters `whiten` patches of 3×3 pixels, its other convolutions start as `identity`."""
+    model = ResNet(3, len(dls.vocab))
+    prep, *others = (m.weight.data for m in model.modules() if isinstance(m, nn.Conv2d))
+    if whiten:
+        x, = dls.train.after_batch((TensorImage(dls.train_ds.images[:5000]),))
+        values, vectors = torch.linalg.eigh(F.unfold(x.as_subclass(Tensor), 3).transpose(0, 1).flatten(1).cov())
+        filters = (vectors / (values + 1e-3).sqrt()).T.reshape(-1, 3, 3, 3).cpu()
+        prep[:2 * len(filters)] = torch.cat([filters, -filters])
+    for weight in others if identity else (): nn.init.dirac_(weight[:weight.shape[1]])
+    return model
+
+
 def train(dls: DataLoaders, recipe: dict, seed: int, epochs: int, folder: str, lr_min: float, lr_max: float) -> dict:
     """Train by `recipe`, with the rates that were found, and return the row."""
-    lr_max = recipe['lr_max_factor'] * lr_max
+    lr_max = recipe['lr_max_factor'] * (recipe['lr_max'] or lr_max)
     div_final = recipe['div_final'] or lr_max / lr_min
-    learn = get_learner(dls, opt_func=partial(FusedAdam, eps=recipe['eps']), seed=seed, path=folder,
+    model = partial(make_network, dls, recipe['whiten'], recipe['identity'])
+    learn = get_learner(dls, model, partial(FusedAdam, eps=recipe['eps']), seed=seed, path=folder,
                         **{k: recipe[k] for k in ('wd', 'label_smoothing', 'ema')})
+    if recipe['alternate']: learn.add_cb(AlternateFlips())
     with fast(learn):
         learn.fit_one_cycle(epochs, lr_max, div=lr_max / lr_min, div_final=div_final, pct_start=5/24)
     h = learn.history
@@ -190,9 +228,9 @@ def main(
         if what == 'ingredients': path = hold_out(path, Path(tmp)/'data')
 
         @functools.cache
-        def load(padding: str = 'reflect') -> DataLoaders:
+        def load(padding: str = 'reflect', alternate: bool = False) -> DataLoaders:
             pad = PadCrop(4) if padding == 'reflect' else PadCrop(4, 'constant', MEAN_COLOUR)
-            return get_dls(path, bs, every, [pad, FlipLR(), Cutout(8)])
+            return get_dls(path, bs, every, [pad, *([] if alternate else [FlipLR()]), Cutout(8)])
 
         @functools.cache
         def find_rates(seed: int) -> tuple[float, float]:  # of the default recipe, for all arms
@@ -209,5 +247,5 @@ def main(
                 row = read_run(folder, data)
             else:
                 recipe = RECIPE | ARMS[arm]
-                row = train(load(recipe['padding']), recipe, seed, epochs, tmp, *find_rates(seed))
+                row = train(load(recipe['padding'], recipe['alternate']), recipe, seed, epochs, tmp, *find_rates(seed))
             add_row(out, row | key)

@@ -41,7 +41,8 @@ def draw_schedule(rows: list[dict], batches_per_epoch: float) -> Figure:
     top.legend(loc='upper right')
     top.set(ylabel='learning rate', title='Learning rate and momentum per iteration', ylim=(0, 1.15 * max(lr)))
     to_epochs = (lambda batch: batch / batches_per_epoch), (lambda epoch: epoch * batches_per_epoch)
-    top.secondary_xaxis('top', functions=to_epochs).set_xlabel('epoch')
+    epochs = top.secondary_xaxis('top', functions=to_epochs, xlabel='epoch')
+    epochs.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bottom.plot(batch, momentum, color='black')
     bottom.set(xlabel='iteration (training batch)', ylabel='momentum (β₁)')
     return fig

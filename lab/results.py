@@ -10,7 +10,7 @@ from lab.evaluate import get_log_probs, per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.report import percent, write_page, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, forecast, nonfatal, save_csv, save_state
 from lab.speed import device_name, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -76,8 +76,7 @@ def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds:
     if show_progress(): print()  # the finder stops within an epoch, and its bar stays
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3  # forward passes alone take a third
-    minutes = run.options.epochs * batches * seconds / len(curve) / 60
-    print(f'At this pace training will take about {minutes:.1f} min.', flush=True)
+    forecast(run.options.epochs, run.options.epochs * batches * seconds / len(curve))
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import shlex
 
 from fastai.vision.all import *
@@ -83,6 +84,13 @@ def get_state(o: Any) -> dict:
     return state
 
 
+def forecast(epochs: int, seconds: float):
+    """Say what `epochs` will take."""
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    about = f'{hours} h {minutes} min' if hours else f'{minutes} min'
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
+
+
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
 
@@ -95,7 +103,7 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of that.
+    epochs of it, and no other callback hears of that. After one epoch it says how long the rest will take.
     """
     order = 1000  # last: trackers have their new state
 
@@ -124,9 +132,10 @@ class Checkpoint(TrainingCallback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        done = self.epoch + 1
+        done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
         for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
         if done > self.skip: self.save(done)
+        if done == self.skip + 1 and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
 
     def after_cancel_fit(self): self.save_tables()
 
@@ -238,7 +247,10 @@ class Run(contextlib.AbstractContextManager):
             lock.touch()  # `FileLock` would make the folder
             self.stack.enter_context(FileLock(lock, timeout=0))
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
-        except OSError as e: raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of NFS and FUSE
+                raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
+            print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
         self.stack.enter_context(contextlib.suppress(OSError))
         self.stack.callback(lock.unlink)  # while it is held: nobody else is in
 

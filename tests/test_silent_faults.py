@@ -1,4 +1,5 @@
 """Changed experiments of the kinds that used to end with wrong numbers in a finished report."""
+import errno
 import functools
 from functools import partial
 
@@ -18,7 +19,7 @@ from lab.results import save_results
 from lab.runs import Run
 from lab.speed import fast
 from predict import load_run
-from train_fastai import Options, get_dls, get_learner
+from train_fastai import Options, get_dls, get_learner, main
 
 pytestmark = pytest.mark.usefixtures('no_pictures')
 # Of a monitored loss, no epoch is an improvement by 10
@@ -219,3 +220,13 @@ def test_what_fastai_saves_by_default_is_no_file_of_the_run(options, folder, tmp
     learn.export()
     learn.save('model')
     assert {f: f.read_bytes() for f in out.iterdir() if f.is_file()} == before
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(options, monkeypatch, capsys, number):
+    """E13."""
+    def refuse(*_): raise OSError(number, 'no locks')
+    monkeypatch.setattr('fcntl.flock', refuse)
+    main(args(**options | dict(epochs=1)))
+    assert 'cannot be locked' in capsys.readouterr().err
+    assert (options['out']/'model.pth').exists()
