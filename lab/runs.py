@@ -93,6 +93,7 @@ def forecast(epochs: int, seconds: float):
 
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
+    order = Recorder.order + 1
 
     def __call__(self, event_name: str):
         if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
@@ -239,10 +240,7 @@ class Run(contextlib.AbstractContextManager):
                              f'{self.command(resume=self.folder)}')
 
     def locate_images(self) -> dict:
-        """The arguments of `get_dls`. A quick look takes the sample, or a tenth of a given folder.
-
-        The bare command, with no option but --out, turns into one where CIFAR-10 cannot be had. Raises `InputError`.
-        """
+        """The arguments of `get_dls`; a quick look takes the sample, or a tenth of `data`. Raises `InputError`."""
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
         except InputError as e:
