@@ -86,9 +86,8 @@ def get_state(o: Any) -> dict:
 
 def forecast(epochs: int, seconds: float):
     """Say what `epochs` will take."""
-    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
-    about = f'{hours} h {minutes} min' if hours else f'{minutes} min'
-    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
+    minutes = max(1, round(seconds / 60))
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {minutes} min at this pace.', flush=True)
 
 
 class TrainingCallback(Callback):
