@@ -5,8 +5,6 @@ from lab.errors import RunError
 from lab.runs import TrainingCallback, digest_weights
 from lab.speed import unwrap
 
-AFTER_RECORDER = Recorder.order + 1
-
 
 class SeedEpochs(Callback):
     """Derives all randomness of an epoch, shuffling and augmentation, from `seed` and the epoch's number alone.
@@ -35,7 +33,6 @@ class History(TrainingCallback):
     Figures are means over an epoch's batches as trained on, and over the test's, not smoothed. A row's `seconds` are
     those of the epoch with its test; `seconds_training` leaves the tests out.
     """
-    order = AFTER_RECORDER
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
@@ -79,7 +76,6 @@ class Misclassified(TrainingCallback):
     `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU; `digests` tell
     with which weights each epoch was tested.
     """
-    order = AFTER_RECORDER
     log_probs = targets = batches = None
 
     def __init__(self): self.digests = []
@@ -111,7 +107,7 @@ class Misclassified(TrainingCallback):
 
 class StopOnNaN(TrainingCallback):
     """Ends a fit after an epoch, or its test, whose loss was not finite, by `RunError`. No batch waits for a GPU."""
-    order, finite = AFTER_RECORDER, None  # outside an epoch, as in `learn.validate()`
+    finite = None  # outside an epoch, as in `learn.validate()`
 
     def before_train(self): self.finite = []
 
@@ -136,7 +132,7 @@ class WeightAverage(TrainingCallback):
     look for it. `decay` is per step; it ramps up over about `ramp` steps, as in TensorFlow, since with a constant decay
     a short run's average remembers its start. (torch's AveragedModel moves its counter to the GPU, and waits for it.)
     """
-    order, ramp = AFTER_RECORDER, 10
+    ramp = 10
 
     def __init__(self, decay: float): self.decay = decay
 

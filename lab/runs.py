@@ -86,13 +86,13 @@ def get_state(o: Any) -> dict:
 
 def forecast(epochs: int, seconds: float):
     """Say what `epochs` will take."""
-    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
-    about = f'{hours} h {minutes} min' if hours else f'{minutes} min'
-    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
+    minutes = max(1, round(seconds / 60))
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {minutes} min at this pace.', flush=True)
 
 
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
+    order = Recorder.order + 1
 
     def __call__(self, event_name: str):
         if not any(hasattr(self.learn, cb) for cb in ('lr_finder', 'gather_preds')): super().__call__(event_name)
@@ -109,10 +109,10 @@ class Checkpoint(TrainingCallback):
 
     def __init__(self, run: 'Run'): self.of, self.fits = run, 0
 
-    def others(self) -> list:
+    def others(self) -> L:
         """What has a state of its own: the other callbacks, and the smoothed loss, which a tracker may watch."""
-        cbs = [cb for cb in self.learn.cbs if not isinstance(cb, Checkpoint | Recorder | ProgressCallback)]
-        return [*cbs, self.recorder.smooth_loss] if hasattr(self.learn, 'recorder') else cbs
+        cbs = self.learn.cbs.filter(lambda cb: not isinstance(cb, Checkpoint | Recorder | ProgressCallback))
+        return cbs + L(nested_attr(self, 'recorder.smooth_loss'))
 
     def plan(self) -> list:
         """What a fit does: its callbacks, the number of epochs, and its schedules at ten moments."""
@@ -121,19 +121,19 @@ class Checkpoint(TrainingCallback):
                 *(float(v) for f in scheds for i in range(10) for v in np.ravel(f(i / 10)))]
 
     def before_fit(self):
-        self.fits, self.skip, done = self.fits + 1, 0, self.of.state.get('fits', 0)
-        if self.fits > done: self.save(epochs_done=0)
-        else: self.skip = self.restore(**self.of.state) if self.fits == done else self.n_epoch
-        self.running = [(cb, cb.run) for cb in self.learn.cbs if not isinstance(cb, Checkpoint | ProgressCallback)]
-        for cb, _ in self.running if self.skip else (): vars(cb)['run'] = False
-        if self.fits == done: print(f'Going on after epoch {self.skip} of {self.n_epoch}.', flush=True)
+        self.fits, self.skip, begun = self.fits + 1, 0, self.of.state.get('fits', 0)
+        if self.fits > begun: self.save(epochs_done=0)
+        if self.fits < begun: self.skip = self.n_epoch
+        if self.fits == begun: self.skip = self.restore(**self.of.state)
+        self.cbs_then = self.learn.cbs
+        if self.skip: self.learn.cbs = self.learn.cbs.filter(risinstance((Checkpoint, ProgressCallback)))
 
     def before_epoch(self):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
         done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
-        for cb, run in self.running if done == self.skip else (): vars(cb)['run'] = run
+        if done == self.skip: self.learn.cbs = self.cbs_then
         if done > self.skip: self.save(done)
         if done == self.skip + 1 and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
 
@@ -141,11 +141,10 @@ class Checkpoint(TrainingCallback):
 
     def save(self, epochs_done: int):
         """Write the checkpoint, and the tables so far."""
-        if rank_distrib(): return
         model, run = unwrap(self.model), self.of
         save_state(run.folder/CHECKPOINT, plain(dict(
-            lrs=run.lrs, precision=run.precision, fingerprint=run.fingerprint, seconds_total=run.seconds(),
-            options=vars(run.options), fits=self.fits, plan=self.plan(), epochs_done=epochs_done,
+            lrs=run.lrs, precision=run.precision, fingerprint=run.fingerprint, options=vars(run.options),
+            seconds_total=run.seconds(), fits=self.fits, plan=self.plan(), epochs_done=epochs_done,
             model=model.state_dict(), opt=self.opt.state_dict(), train_iter=self.learn.train_iter,
             grads={k: p.grad for k, p in model.named_parameters() if p.grad is not None and p.grad.any()},
             states=[get_state(o) for o in self.others()])))
@@ -169,15 +168,19 @@ class Checkpoint(TrainingCallback):
             if hasattr(type(o), 'load_state_dict'): o.load_state_dict(state)
             else: vars(o).update(state)
         self.learn.train_iter = train_iter
+        print(f'Going on after epoch {epochs_done} of {self.n_epoch}.', flush=True)
         return epochs_done
 
 
-def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, set[str]]:
-    """The options on the command line, or in `args`, as the dataclass `cls`, and the names of those that were given."""
-    names, not_given = [f.name for f in dataclasses.fields(cls)], object()  # argparse puts no default over a value
+def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, bool]:
+    """The command line, or `args`, as a `cls`, and whether it is bare, but for --out. Raises `InputError`."""
+    names, not_given = vars(cls()), object()  # argparse puts no default over a value
     parsed = vars(anno_parser(cls).parse_args(args, argparse.Namespace(**dict.fromkeys(names, not_given))))
     given = {name: parsed[name] for name in names if parsed[name] is not not_given}
-    return cls(**given), {*given}
+    for leader, others in (('resume', names.keys() - {'data', 'resume'}), ('plain', PLAIN)):
+        if leader in given and (refused := given.keys() & others):
+            raise InputError(f'--{min(refused).replace("_", "-")} does not go with --{leader}, which has its own')
+    return cls(**given), given.keys() <= {'out'}
 
 
 def check_options(o):
@@ -202,70 +205,41 @@ def limit_to_quick_look(o):
 class Run(contextlib.AbstractContextManager):
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
-    `options` is an `Options`; `given` names those that were given on the command line. With `options.resume`, the
-    folder of an interrupted run, they come from that run, except `data` if it has moved. Raises `InputError`.
+    `o` is an `Options`. With `o.resume`, the folder of an interrupted run, all come from that run, except `data` if it
+    has moved. A `bare` run may turn into a quick look where CIFAR-10 cannot be had. Raises `InputError`.
     """
 
-    def __init__(self, o, given: set[str] | None = None):
+    def __init__(self, o, bare: bool = False):
         self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
         self.saver = Checkpoint(self)  # one for all fits, which it counts
-        self.bare = given is not None and given <= {'out'} and num_distrib() < 2
-        refused = (given or set()) - {'data', 'resume'} if o.resume else (given or set()) & {*PLAIN} if o.plain else ()
-        if refused:
-            why = 'does not go with --resume, which takes --data alone' if o.resume else 'is what --plain sets itself'
-            raise InputError(f'--{min(refused).replace("_", "-")} {why}')
+        self.bare = bare and num_distrib() < 2
         self.folder = Path(o.resume or o.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
+        self.resumes = bool(o.resume)
+        self.check_folder()
         if o.data: o = dataclasses.replace(o, data=str(Path(o.data).absolute()))  # to be resumed from anywhere
-        if o.resume: o = self.load(o)
-        else: self.check_free()
+        if self.resumes:
+            self.state = load_state(self.folder/CHECKPOINT)
+            if not isinstance(self.state, dict) or self.state.get('options', {}).keys() != vars(o).keys():
+                raise InputError(f'{self.folder/CHECKPOINT} was not written by this version of the program')
+            self.start -= self.state['seconds_total']
+            o = type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
         o = dataclasses.replace(o, out=None, resume=None, **PLAIN if o.plain else {})
         check_options(o)
         self.options = limit_to_quick_look(o) if o.quick and not self.state else o
         self.precision = self.state.get('precision') or resolve_precision(o.precision, default_device())
         self.lrs = self.state.get('lrs') or ((o.lr_min, o.lr_max) if o.lr_min else None)
 
-    def load(self, o):
-        """The options of the interrupted run, whose checkpoint becomes `state`. Raises `InputError`."""
-        resume = f'--resume {self.folder}'
-        if (self.folder/'model.pth').exists(): raise InputError(f'{resume}: this run is finished')
-        with contextlib.ExitStack() as self.stack:
-            self.lock()  # first, since another run might still replace the checkpoint
-            try: self.state = load_state(self.folder/CHECKPOINT)
-            except InputError as e: raise InputError(f'{resume}: {e}; start a run without --resume') from e
-            if not isinstance(self.state, dict) or self.state.get('options', {}).keys() != vars(o).keys():
-                raise InputError(f'{resume}: {CHECKPOINT} was not written by this version of the program')
-            self.stack = self.stack.pop_all()
-        self.start -= self.state['seconds_total']
-        return type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
-
-    def lock(self, make: bool = False):
-        """Lock the run's folder, which `make` makes: a second run in it is refused. Raises `InputError`."""
+    def check_folder(self):
+        """Raise `InputError` if the folder of a new run holds one, or if one that is to be resumed is finished."""
         if rank_distrib(): return
-        lock = self.folder/'.lock'
-        try:
-            if make: self.folder.mkdir(parents=True, exist_ok=True)
-            lock.touch()  # `FileLock` would make the folder
-            self.stack.enter_context(FileLock(lock, timeout=0))
-        except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
-        except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of NFS and FUSE
-                raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
-            print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
-        self.stack.enter_context(contextlib.suppress(OSError))
-        self.stack.callback(lock.unlink)  # while it is held: nobody else is in
-
-    def check_free(self):
-        """Raise `InputError` if the folder holds a run."""
-        if not rank_distrib() and any((self.folder/o).exists() for o in (CHECKPOINT, 'metrics.json', 'model.pth')):
-            or_resume = f', or resume it with: {self.command(resume=self.folder)}'
-            raise InputError(f'--out {self.folder} already holds a run; choose another folder'
-                             + or_resume * (not (self.folder/'model.pth').exists()))
+        if (self.folder/'model.pth').exists():
+            raise InputError(f'{self.folder} holds a finished run; choose another folder')
+        if not self.resumes and any((self.folder/name).exists() for name in (CHECKPOINT, 'metrics.json')):
+            raise InputError(f'{self.folder} already holds a run; choose another folder, or resume it with: '
+                             f'{self.command(resume=self.folder)}')
 
     def locate_images(self) -> dict:
-        """The arguments of `get_dls`. A quick look takes the sample, or a tenth of a given folder.
-
-        The bare command, with no option but --out, turns into one where CIFAR-10 cannot be had. Raises `InputError`.
-        """
+        """The arguments of `get_dls`; a quick look takes the sample, or a tenth of `data`. Raises `InputError`."""
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
         except InputError as e:
@@ -275,13 +249,26 @@ class Run(contextlib.AbstractContextManager):
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
 
     def claim_folder(self, dls: DataLoaders):
-        """Make and lock the folder for a run on the images of `dls`. Raises `InputError`."""
+        """Make the folder for a run on the images of `dls`, and lock it against a second one. Raises `InputError`.
+
+        Until here another process could go on with the same run; from an older checkpoint it only takes longer.
+        """
         self.fingerprint = fingerprint(dls)
         if self.state.get('fingerprint', self.fingerprint) != self.fingerprint:
             raise InputError(f'these are not the images that the run in {self.folder} was trained on')
-        if self.state: return
-        self.lock(make=True)
-        self.check_free()  # another run may have come first
+        if rank_distrib(): return
+        lock = self.folder/'.lock'
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.stack.enter_context(FileLock(lock, timeout=0))
+        except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of NFS and FUSE
+                raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
+            print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
+        self.stack.enter_context(contextlib.suppress(OSError))
+        self.stack.callback(lock.unlink)  # while it is held: nobody else is in
+        self.check_folder()
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, one for all its fits, at these rates. Raises `InputError`."""
@@ -289,15 +276,13 @@ class Run(contextlib.AbstractContextManager):
         self.lrs = lr_min, lr_max
         return self.saver
 
-    def seconds(self) -> float:
-        """How long the run has taken, interruptions left out."""
-        return time.perf_counter() - self.start
+    def seconds(self) -> float: return time.perf_counter() - self.start  # interruptions left out
 
     def command(self, **options) -> str:
         """The command line with these `options`, or with all of the run that are not the default."""
         if not options:
-            options = {f.name: value for f in dataclasses.fields(self.options) if f.name not in (
-                PLAIN if self.options.plain else ()) and (value := getattr(self.options, f.name)) != f.default}
+            usual = vars(type(self.options)()) | (PLAIN if self.options.plain else {})
+            options = {k: v for k, v in vars(self.options).items() if v != usual[k]}
         launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
         return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])

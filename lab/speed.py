@@ -97,21 +97,15 @@ def faster_class(m: nn.Module, mixed: bool) -> type:
     return WinogradConv2d if is_plain_3x3(m) and min(m.weight.shape[:2]) >= MIN_CHANNELS else type(m)
 
 
-@contextlib.contextmanager
-def fast_layout(learn: Learner):
-    """Context manager: weights in the network's `memory_format`, and on a CPU modules that suit the processor."""
+def use_fast_layout(learn: Learner, stack: contextlib.ExitStack):
+    """Weights in the network's `memory_format`, and on a CPU modules that suit the processor, until `stack` closes."""
     model = unwrap(learn.model)
     memory_format, device = getattr(model, 'memory_format', None), next(model.parameters()).device.type
-    with contextlib.ExitStack() as stack:
-        if memory_format and device in ('cpu', 'cuda'):
-            for m in model.modules() if device == 'cpu' else ():
-                stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
-            direct = torch.get_float32_matmul_precision() != 'highest'
-            if direct and any(type(m) is WinogradConv2d for m in model.modules()):
-                print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
-            stack.callback(model.to, memory_format=torch.contiguous_format)
-            model.to(memory_format=memory_format)
-        yield
+    if not memory_format or device not in ('cpu', 'cuda'): return
+    for m in model.modules() if device == 'cpu' else ():
+        stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
+    stack.callback(model.to, memory_format=torch.contiguous_format)
+    model.to(memory_format=memory_format)
 
 
 @contextlib.contextmanager
@@ -133,40 +127,25 @@ def keep_freed_memory():
         trim(0)
 
 
-class Guard(Callback):
-    """Does in `fast` what fastai leaves undone after an error; see docs/findings/autocast_after_interrupt.sh."""
-    order, finder, autocast = MixedPrecision.order + 1, None, None  # within its autocast
+class FastFit(Callback):
+    """What `fast` does in a fit. After an error it cleans up what fastai leaves; see docs/findings/README.md.
+
+    On a GPU it can `record` the forward and backward pass once and replay them in every step. The kernels are the same;
+    launching them one by one takes a fast GPU longer than computing them. All training batches must have one shape, so
+    the loader has to drop the last partial one.
+    """
+    order, finder, autocast, recorded = MixedPrecision.order + 1, None, None, None  # within its autocast
+
+    def __init__(self, record: bool): self.record = record
 
     def before_fit(self):
         self.finder = getattr(self.learn, 'lr_finder', None)
-        self.autocast = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
+        self.autocast = nested_attr(self.learn, 'mixed_precision.autocast')
 
     def before_train(self): match_layout(self.opt)  # a callback may have loaded a state
 
-    def after_fit(self):
-        self.finder = None
-        if losses := getattr(getattr(self.learn, 'recorder', None), 'losses', None):
-            self.recorder.losses = [o.cpu() for o in losses]
-
-    def clean_up(self):
-        if self.autocast and torch.is_autocast_enabled(self.autocast.device): self.autocast.__exit__(None, None, None)
-        if self.opt: self.opt.zero_grad()
-        if self.finder:
-            self.finder.learn = self.learn
-            self.finder.after_fit()
-        self.after_fit()
-
-
-class CUDAGraph(Guard):
-    """Records the forward and backward pass on a GPU once and replays them in every step of a fit.
-
-    The kernels are the same; launching them one by one takes a fast GPU longer than computing them. All training
-    batches must have one shape, so the loader has to drop the last partial one.
-    """
-    recorded = None
-
     def before_batch(self):
-        if not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
+        if not self.record or not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
         # A replay runs no hooks, and overwrites the gradients of the step before.
         if any(map(is_hooked, self.model.modules())) or hasattr(self.learn, 'gradient_accumulation'): return
         if self.model is not unwrap(self.model) or not getattr(self.dls.train, 'drop_last', False): return
@@ -181,9 +160,17 @@ class CUDAGraph(Guard):
         for b, kept in zip(self.model.buffers(), statistics, strict=True): b.copy_(kept)
 
     def after_fit(self):
-        super().after_fit()
         if self.recorded and vars(self.model).get('forward') is self.recorded: del self.model.forward
-        self.recorded = None
+        self.recorded = self.finder = None
+        if losses := nested_attr(self.learn, 'recorder.losses'): self.recorder.losses = [o.cpu() for o in losses]
+
+    def clean_up(self):
+        if self.autocast and torch.is_autocast_enabled(self.autocast.device): self.autocast.__exit__(None, None, None)
+        if self.opt: self.opt.zero_grad()
+        if self.finder:
+            self.finder.learn = self.learn
+            self.finder.after_fit()
+        self.after_fit()
 
 
 @contextlib.contextmanager
@@ -195,7 +182,7 @@ def fast(learn: Learner):
     and its training step is recorded on a GPU. Any other network may use `view`, say, and keeps its layout.
     """
     gpu = next(learn.model.parameters()).is_cuda
-    graph = gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format')
+    record = gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format')
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(torch.backends.cudnn, 'benchmark', True))
         if not gpu: stack.enter_context(keep_freed_memory())
@@ -205,11 +192,11 @@ def fast(learn: Learner):
                 vars(progress)['after_batch'] = lambda: progress.pbar.update(learn.iter + 1)
                 stack.callback(vars(progress).pop, 'after_batch', None)
         stack.callback(lambda: match_layout(learn.opt))
-        stack.enter_context(fast_layout(learn))
-        stack.enter_context(learn.added_cbs(guard := CUDAGraph() if graph else Guard()))
+        use_fast_layout(learn, stack)
+        stack.enter_context(learn.added_cbs(fast_fit := FastFit(record)))
         try: yield learn
         except BaseException:
-            guard.clean_up()
+            fast_fit.clean_up()
             raise
 
 

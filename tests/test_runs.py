@@ -20,7 +20,7 @@ OPTIONS = Options(epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3)
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch, dls):
     monkeypatch.chdir(tmp_path)
-    runs = [Run(OPTIONS, set()) for _ in range(30)]
+    runs = [Run(OPTIONS) for _ in range(30)]
     for run in runs: run.claim_folder(dls)
     assert len({run.folder for run in runs}) == len(list((tmp_path/'runs').iterdir())) == 30
 
@@ -30,7 +30,7 @@ def test_a_command_in_a_message_can_be_pasted(tmp_path):
     out.mkdir()
     (out/'metrics.json').touch()
     with pytest.raises(InputError, match=f"resume it with: python train_fastai.py --resume '{out}'"):
-        Run(dataclasses.replace(OPTIONS, out=out), {'out'})
+        Run(dataclasses.replace(OPTIONS, out=out))
 
 
 @pytest.mark.parametrize(('changes', 'options'), [
@@ -39,25 +39,36 @@ def test_a_command_in_a_message_can_be_pasted(tmp_path):
     (dict(data='/my images', lr_min=1e-4, lr_max=1e-3), "--data '/my images' --lr-min 0.0001 --lr-max 0.001"),
     (dict(ema=0.), '--ema 0.0')], ids=str)
 def test_the_command_that_repeats_a_run(changes, options):
-    assert Run(Options(**changes), set()).command() == f'python train_fastai.py {options}'.strip()
+    assert Run(Options(**changes)).command() == f'python train_fastai.py {options}'.strip()
 
 
 def test_a_finished_run_is_not_overwritten(folder, run, tmp_path, capsys):
     before = {f: f.stat().st_mtime_ns for f in run.iterdir()}
-    assert 'already holds a run' in ends(capsys, 2, main, data=folder, out=run, bs=8)
-    assert 'this run is finished' in ends(capsys, 2, main, resume=run)
+    for options in (dict(data=folder, out=run, bs=8), dict(resume=run)):
+        assert f'{run} holds a finished run; choose another folder' in ends(capsys, 2, main, **options)
     assert {f: f.stat().st_mtime_ns for f in run.iterdir()} == before
     (tmp_path/'file').touch()
     assert 'cannot be used for a run (File exists)' in ends(capsys, 2, main, data=folder, out=tmp_path/'file', bs=8)
 
 
-def test_a_folder_in_use_is_refused(folder, dls, tmp_path, capsys):
+def test_a_folder_in_use_is_refused(folder, dls, tmp_path, capsys, no_pictures):
+    new = dict(data=folder, out=tmp_path, **SIX_EPOCHS)
     with Run(dataclasses.replace(OPTIONS, out=tmp_path)) as run:
         run.claim_folder(dls)
-        assert 'in use by another run' in ends(capsys, 2, main, data=folder, out=tmp_path, bs=8)
-        assert 'in use by another run' in ends(capsys, 2, main, resume=tmp_path)
+        assert 'in use by another run' in ends(capsys, 2, main, **new)
         assert (tmp_path/'.lock').exists(), 'whoever was refused leaves the lock'
     assert list(tmp_path.iterdir()) == []
+    with disturbed(interrupt): ends(capsys, 130, main, **new)
+    with Run(dataclasses.replace(OPTIONS, resume=tmp_path)) as run:
+        run.claim_folder(dls)
+        assert 'in use by another run' in ends(capsys, 2, main, resume=tmp_path)
+
+
+def test_a_run_that_another_process_has_finished_meanwhile(folder, dls, tmp_path, capsys, no_pictures):
+    with disturbed(interrupt): ends(capsys, 130, main, data=folder, out=tmp_path, **SIX_EPOCHS)
+    late = Run(Options(resume=str(tmp_path)))
+    main(args(resume=tmp_path))
+    with pytest.raises(InputError, match='holds a finished run'), late: late.claim_folder(dls)
 
 
 def test_ctrl_c_and_resume_end_like_the_whole_run(folder, run, tmp_path, capsys, monkeypatch):

@@ -1,3 +1,4 @@
+import contextlib
 import sys
 import warnings
 from copy import deepcopy
@@ -14,7 +15,7 @@ from arch import ResNet, conv_bn_relu
 from lab.errors import InputError
 from lab.loader import cache_images
 from lab.optim import FusedAdam
-from lab.speed import CUDAGraph, LeanSequential, SideBySideConv2d, fast, fast_layout, resolve_precision
+from lab.speed import FastFit, LeanSequential, SideBySideConv2d, fast, resolve_precision, use_fast_layout
 from train_fastai import get_learner
 
 
@@ -39,7 +40,7 @@ def assert_plain(learn):
     assert all(t.is_contiguous() for t in tensors)
     assert {type(m).__module__.partition('.')[0] for m in learn.model.modules()} <= {'torch', 'arch'}
     assert 'forward' not in vars(learn.model)
-    assert not {'guard', 'cuda_graph'} & vars(learn).keys()
+    assert not hasattr(learn, 'fast_fit')
     assert not torch.backends.cudnn.benchmark
     assert not torch.is_autocast_enabled('cpu')
 
@@ -202,7 +203,7 @@ def test_nothing_special_is_done_on_mps(dls):
     cache_images(SimpleNamespace(train_ds=dls.train_ds, valid_ds=dls.valid_ds, vocab=dls.vocab, device=mps))
     assert dls.train_ds.images.device.type == dls.train_ds.labels.device.type == 'cpu'
     model = SimpleNamespace(memory_format=torch.channels_last, parameters=lambda: iter([SimpleNamespace(device=mps)]))
-    with fast_layout(SimpleNamespace(model=model)): pass  # it would ask for the model's modules
+    with contextlib.ExitStack() as stack: use_fast_layout(SimpleNamespace(model=model), stack)  # not its modules
     with pytest.raises(InputError, match='--precision bf16 needs cuda or cpu, not "mps"'):
         resolve_precision('bf16', mps)
 
@@ -224,7 +225,7 @@ def test_maps_side_by_side_are_convolved_as_ever(n, h, w, memory):
 
 @pytest.fixture
 def recorded(monkeypatch) -> list:
-    """The networks whose step a `CUDAGraph` records; on a CPU what torch would record is noted and left undone."""
+    """The networks whose step a `FastFit` records; on a CPU what torch would record is noted and left undone."""
     networks = []
     def record(model, images):
         networks.append(model)
@@ -250,7 +251,7 @@ def test_a_step_is_recorded_only_where_nothing_is_lost(make, recorded, change):
     learn = make()
     CHANGES[change](learn)
     theirs = vars(learn.model).get('forward')
-    for _ in range(2): fit(learn, 1, cbs=CUDAGraph())
+    for _ in range(2): fit(learn, 1, cbs=FastFit(record=True))
     assert recorded == ([learn.model] * 2 if change == 'nothing' else []), 'once a fit'
     assert vars(learn.model).get('forward') is theirs
 
@@ -271,10 +272,3 @@ def test_on_a_gpu_recorder_and_bar_are_stock_afterwards(make, monkeypatch, recor
     assert 'after_batch' not in vars(learn.progress)
     fit(learn, 1)
     assert len(learn.recorder.values) == 1
-
-
-def test_rounded_products_keep_convolutions_direct_and_say_so(make, capsys, monkeypatch):
-    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
-    for precision, said in (('fp32', 1), ('bf16', 0)):
-        with fast(make(precision=precision)): pass
-        assert capsys.readouterr().out.count('Convolutions stay direct') == said

@@ -216,9 +216,9 @@ def test_options_out_of_range(change):
     (dict(precision='fp16'), '--precision fp16 '),
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'there is no folder /'),
-    (dict(resume='nowhere'), 'nowhere cannot be used for a run (No such file'),
-    (dict(resume='.'), 'checkpoint.pth cannot be read (No such file or directory); start a run without --resume'),
-    (dict(resume='.', bs=512), '--bs does not go with --resume, which takes --data alone'),  # a default that is given
+    (dict(resume='nowhere'), 'nowhere/checkpoint.pth cannot be read (No such file'),
+    (dict(resume='.'), 'checkpoint.pth cannot be read (No such file or directory)'),
+    (dict(resume='.', bs=512), '--bs does not go with --resume, which has its own'),  # a default that is given
 ], ids=str)
 def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(fv.defaults, 'use_cuda', False)
