@@ -145,6 +145,5 @@ class WinogradConv2d(nn.Conv2d):
 
 def is_plain_3x3(module: nn.Module) -> bool:
     """Whether `module` is a 3×3 convolution with stride 1, zeros around and no bias."""
-    return type(module) is nn.Conv2d and module.bias is None and (
-        (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
+    plain = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros')
+    return type(module) is nn.Conv2d and module.bias is None and plain.items() <= vars(module).items()
