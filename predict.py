@@ -13,7 +13,7 @@ From Python, `learn = load_run('runs/X')` is a fastai `Learner` with the run's w
 import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import argparse
-import importlib
+from importlib.util import find_spec
 
 from fastai.vision.all import *
 from torchvision.transforms import v2
@@ -28,8 +28,7 @@ from lab.sources import get_data
 from lab.speed import fast
 from train_fastai import get_dls, get_learner
 
-EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors.torch'}  # by what writes them
-OPSET = 20  # the version of ONNX's operators
+EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors'}  # the packages that write them
 format_table = partial(pd.DataFrame.to_string, index=False, float_format=percent, na_rep='–')  # shares in percent
 
 
@@ -67,7 +66,7 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
 def get_empty_dls(vocab: list[str]) -> DataLoaders:
     """`DataLoaders` of the classes `vocab` without an image, for a learner that only predicts."""
     blank = RGBImage.create(np.zeros((SIZE, SIZE, 3), np.uint8))
-    def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)
+    def label(o: Path | RGBImage): return vocab[0] if o is blank else parent_label(o)  # what fastai may give it
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock(vocab=vocab)), get_y=label, dl_type=BatchDL,
                       splitter=IndexSplitter([1]), item_tfms=CenterResize(),
                       batch_tfms=Normalize.from_stats(*cifar_stats))
@@ -89,20 +88,17 @@ def find_images(paths: list[str], vocab: list[str]) -> tuple[list[Path], list[in
 def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> pd.DataFrame:
     """A row per file: the three likeliest classes with their probabilities; `log_probs` (N, classes) float32."""
     top = log_probs.exp().topk(min(3, len(vocab)))
-    table = pd.DataFrame(dict(file=[str(f) for f in files]))
-    for i, suffix in enumerate(('', '_2', '_3')[:len(vocab)]):
-        table['class' + suffix] = np.array(vocab)[top.indices[:, i]]
-        table['probability' + suffix] = top.values[:, i].tolist()
-    return table
+    columns = dict(file=[str(f) for f in files])
+    for suffix, indices, probabilities in zip(('', '_2', '_3'), top.indices.T, top.values.T, strict=False):
+        columns |= {f'class{suffix}': np.array(vocab)[indices], f'probability{suffix}': probabilities.tolist()}
+    return pd.DataFrame(columns)
 
 
-def describe_accuracy(log_probs: Tensor, flipped: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """The accuracy, in words and tables; `log_probs`, and `flipped` of mirror images, (N, classes), `targets` (N,)."""
+def describe_accuracy(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> str:
+    """The accuracy, in words and tables, from `log_probs` (N, classes) float32 and `targets` (N,) int64."""
     actual, predicted = (np.array(vocab)[o] for o in (targets, log_probs.argmax(1)))
     confused = list_confusions(pd.DataFrame(dict(actual=actual, predicted=predicted)))
-    return f'''{len(targets):,} images
-accuracy                     {percent(accuracy(log_probs, targets).item(), 2)}
-accuracy, flip averaging     {percent(accuracy(log_probs + flipped, targets).item(), 2)}   (image and mirror)
+    return f'''{len(targets):,} images, accuracy {percent(accuracy(log_probs, targets).item(), 2)}
 
 {format_table(per_class_scores(log_probs, targets, vocab))}
 
@@ -114,25 +110,23 @@ def export_network(learn: Learner, file: Path):
     """Write the network of `learn` to `file`, whose suffix, one of `EXPORTS`, says in which format.
 
     ONNX and PyTorch's .pt2 hold the whole network, images (N, 3, 32, 32) float32 in 0 … 1 → probabilities (N, classes),
-    and the class names, a JSON list: as the metadata `classes`, or as `classes.json` in the archive. Safetensors hold
-    the plain weights, with `classes`, `mean` and `std` as metadata, JSON lists. Raises `InputError` and `RunError`.
+    safetensors the plain weights; class names and statistics: docs/elsewhere.md. Raises `InputError` and `RunError`.
     """
     if file.suffix not in EXPORTS: raise InputError(f'--export {file} does not end in {", ".join(EXPORTS)}')
-    try: library = importlib.import_module(EXPORTS[file.suffix])
-    except ModuleNotFoundError as e:
-        package = e.name.partition('.')[0]
-        raise InputError(f'--export {file} needs the package {package}: pip install {package}') from e
+    if not find_spec(package := EXPORTS[file.suffix]):
+        raise InputError(f'--export {file} needs the package {package}: pip install {package}')
     model, classes = deepcopy(learn.model).cpu().eval(), json.dumps(list(learn.dls.vocab))
     if file.suffix == '.safetensors':
+        from safetensors.torch import save
         metadata = dict(classes=classes, mean=json.dumps(cifar_stats[0]), std=json.dumps(cifar_stats[1]))
-        atomic_write(file, library.save(model.state_dict(), metadata))
+        atomic_write(file, save(model.state_dict(), metadata))
         return
     network = nn.Sequential(v2.Normalize(*cifar_stats), model, nn.Softmax(1)).eval()
     images = torch.zeros(2, 3, SIZE, SIZE)  # with one image the exporter would fix N to 1
     program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim('N', min=1)},))
     if file.suffix == '.pt2': torch.export.save(program, content := io.BytesIO(), extra_files={'classes.json': classes})
     else:
-        onnx = torch.onnx.export(program, dynamo=True, opset_version=OPSET, input_names=['images'],
+        onnx = torch.onnx.export(program, dynamo=True, opset_version=20, input_names=['images'],
                                  output_names=['probabilities'], dynamic_shapes=({0: 'N'},), verbose=False)
         onnx.model.metadata_props['classes'] = classes
         content = io.BytesIO(onnx.model_proto.SerializeToString())  # one file, weights included
@@ -155,16 +149,13 @@ def main(args: list[str] | None = None):
         print(f'The network is in {o.export}', file=sys.stderr if o.images else sys.stdout)
         if not o.images: return
     files, targets = find_images(o.images, vocab)
-    pixels = decode_images(files, resize=True)
     if not show_progress() or o.csv: learn.remove_cb(ProgressCallback)
-    with fast(learn):
-        log_probs = get_log_probs(learn, pixels)
-        flipped = get_log_probs(learn, pixels.flip(-1)) if targets and not o.csv else None
+    with fast(learn): log_probs = get_log_probs(learn, decode_images(files, resize=True))
     table = list_predictions(files, log_probs, vocab)
     if o.csv:
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
         table.to_csv(sys.stdout, index=False, lineterminator='\n')
-    elif targets: print(describe_accuracy(log_probs, flipped, tensor(targets), vocab))
+    elif targets: print(describe_accuracy(log_probs, tensor(targets), vocab))
     else: print(f'{format_table(table)}\n\nThe network always names one of its {len(vocab)} classes; of anything else, '
                 'a high probability says nothing.')
 

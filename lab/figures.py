@@ -73,10 +73,9 @@ def wrap_titles(width: int) -> Figure:
 
 @pictures
 def draw_misclassified(images: Tensor, wrong: pd.DataFrame) -> Figure:
-    """The first rows of `wrong`, as in misclassified.csv; `images` (n, 3, H, W) uint8 are theirs."""
-    lines = max(-(-len(images) // 5), 1)
+    """The first rows of `wrong`, as in misclassified.csv; `images` (n, 3, H, W) uint8, at most ten, are theirs."""
     titles = [f'{o.actual} → {o.predicted} ({100 * o.probability:.0f}\u00a0%)' for o in wrong.itertuples()]
-    show_images(images, lines, 5, titles, figsize=(11, 0.5 + 2.45 * lines), suptitle=(
+    show_images(images, 2, 5, titles, figsize=(11, 5.4), suptitle=(
         f'Misclassified test images, the worst of {len(wrong):,}: actual → predicted (probability)'))
     for ax in plt.gcf().axes: ax.axis('off')
     return wrap_titles(26)

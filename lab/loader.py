@@ -27,10 +27,9 @@ def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     path = Path(path)
     test = first(('test', 'valid', 'val'), lambda name: (path/name).is_dir()) or 'test'
     splits = [path/test, path/'train'] if split else [path]
-    for folder in (path, *splits):
-        if not folder.is_dir():
-            raise InputError(f'there is no folder {folder}; images belong in train/<class>/ and test/<class>/ (or '
-                             'valid/, val/); in Python get_dls(path, valid_pct=0.2) takes <class>/ alone')
+    if missing := first(folder for folder in (path, *splits) if not folder.is_dir()):
+        raise InputError(f'there is no folder {missing}; images belong in train/<class>/ and test/<class>/ (or valid/, '
+                         'val/); in Python get_dls(path, valid_pct=0.2) takes <class>/ alone')
     classes = {o.name for folder in splits for o in folder.iterdir() if o.is_dir() and o.name[0] != '.'}
     if not split and 'train' in classes: raise InputError(f'{path} is split already; leave out valid_pct')
     if len(classes) < 2: raise InputError(f'{splits[-1]} has fewer than two class folders')

@@ -19,12 +19,8 @@ def evaluate(k: int) -> Tensor:
     return torch.cat([powers, torch.eye(k, dtype=torch.float64)[-1:]])
 
 
-RESULT, WEIGHT, PIXELS = evaluate(4), evaluate(3), evaluate(6).inverse().T  # the paper's A, G and Bᵀ
-
-
-def convolve_tile(tile: Tensor, weight: Tensor) -> Tensor:
-    """What this file computes, as the paper has it: tile (C, 6, 6), weight (C', C, 3, 3) → (C', 4, 4), all float64."""
-    return RESULT.T @ ((WEIGHT @ weight @ WEIGHT.T) * (PIXELS @ tile @ PIXELS.T)).sum(1) @ RESULT
+RESULT, WEIGHT, PIXELS = (torch.kron(m, m) for m in (  # for both directions; m is the paper's A, G or Bᵀ
+    evaluate(4), evaluate(3), evaluate(6).inverse().T))
 
 
 def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tensor:
@@ -34,7 +30,7 @@ def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tenso
 
 def transform_weight(weight: Tensor) -> Tensor:
     """(C', C, 3, 3) → (C', 36, C)."""
-    return transform(torch.kron(WEIGHT, WEIGHT).to(weight), weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1))
+    return transform(WEIGHT.to(weight), weight.permute(0, 2, 3, 1).reshape(len(weight), 9, -1))
 
 
 def in_tiles(x: Tensor) -> Tensor:
@@ -53,16 +49,15 @@ class Chunk:
     def __init__(self, x: Tensor, n: int, c_out: int):
         h, w, c = x.shape[1:]
         t = n * h * w // 16
-        pixels, result = torch.kron(PIXELS, PIXELS).to(x), torch.kron(RESULT, RESULT).to(x)
-        self.single = t == n  # a map of one tile: all around it is padding
-        if self.single: pixels = pixels.view(36, 6, 6)[:, 1:5, 1:5].reshape(36, 16)
-        else:
-            padded, tiles = x.new_zeros(n, h + 2, w + 2, c), x.new_empty(n, h // 4, w // 4, 6, 6, c)
-            self.inner, self.windows = padded[:, 1:-1, 1:-1], padded.unfold(1, 6, 4).unfold(2, 6, 4).movedim(3, -1)
-            self.tiles, self.pixels, self.own = tiles, tiles.view(t, 36, c), tiles[:, :, :, 1:5, 1:5]
-            across = tiles[:, :, :, 1:5].transpose(1, 2).transpose(3, 4)
-            self.shared = [pair for o in (tiles, across) for pair in ((o[:, :-1, :, 4], o[:, 1:, :, 0]),
-                                                                     (o[:, 1:, :, 1], o[:, :-1, :, 5]))]
+        edge = int(t > n)  # around a map of one tile there is nothing but zeros, which are left out
+        side, own = 4 + 2 * edge, slice(edge, edge + 4)
+        padded, tiles = x.new_zeros(n, h + 2 * edge, w + 2 * edge, c), x.new_empty(n, h // 4, w // 4, side, side, c)
+        self.inner = padded[:, edge:edge + h, edge:edge + w]
+        self.windows = padded.unfold(1, side, 4).unfold(2, side, 4).movedim(3, -1)
+        self.tiles, self.pixels, self.own = tiles, tiles.view(t, -1, c), tiles[:, :, :, own, own]
+        self.overlapping = (tiles, tiles[:, :, :, own].transpose(1, 2).transpose(3, 4)) if edge else ()
+        pixels = PIXELS.to(x).view(36, 6, 6)[:, 1 - edge:5 + edge, 1 - edge:5 + edge].reshape(36, -1)
+        result = RESULT.to(x)
         self.from_pixels, self.to_pixels = F.pad(pixels, (0, 0, 0, 1)), pixels.T
         self.from_result, self.to_result = F.pad(result, (0, 0, 0, 1)), result.T
         self.result = x.new_empty(t, 16, c_out)
@@ -73,17 +68,16 @@ class Chunk:
 
     def read(self, x: Tensor):
         """Images `x` (n, H, W, C) → `x_by_tile`."""
-        if not self.single:
-            self.inner.copy_(x)
-            self.tiles.copy_(self.windows)
-        transform(self.from_pixels, x.view(-1, 16, x.shape[3]) if self.single else self.pixels, out=self.x)
+        self.inner.copy_(x)
+        self.tiles.copy_(self.windows)
+        transform(self.from_pixels, self.pixels, out=self.x)
 
     def write_gradient(self, out: Tensor):
         """`x_by_point` → `out` (n, H, W, C), the transposed of `read`: what tiles have in common is summed."""
-        pixels = out.view(-1, 16, out.shape[3]) if self.single else self.pixels
-        transform(self.to_pixels, self.x_by_point.transpose(0, 1), out=pixels)
-        if self.single: return
-        for mine, others in self.shared: mine.add_(others)
+        transform(self.to_pixels, self.x_by_point.transpose(0, 1), out=self.pixels)
+        for o in self.overlapping:  # down, then across
+            o[:, :-1, :, 4].add_(o[:, 1:, :, 0])
+            o[:, 1:, :, 1].add_(o[:, :-1, :, 5])
         in_tiles(out).copy_(self.own)
 
 
@@ -122,16 +116,15 @@ class Winograd(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         x, u = nhwc(x), transform_weight(weight).transpose(0, 1)
-        grad_x, grad_u = torch.empty_like(x), None
+        grad_x, grad_u = torch.empty_like(x), x.new_zeros(36, len(weight), x.shape[3])
         for c, x_part, grad_part, grad_x_part in in_chunks(len(weight), x, nhwc(grad), grad_x):
             c.result_tiles.copy_(in_tiles(grad_part))
             transform(c.from_result, c.result, out=c.y)
             c.read(x_part)
-            products = c.y_by_tile.transpose(1, 2), c.x_by_tile
-            grad_u = torch.bmm(*products) if grad_u is None else grad_u.baddbmm_(*products)
+            grad_u.baddbmm_(c.y_by_tile.transpose(1, 2), c.x_by_tile)
             torch.bmm(c.y_by_tile, u, out=c.x_by_point)
             c.write_gradient(grad_x_part)
-        grad_weight = transform(torch.kron(WEIGHT, WEIGHT).to(x).T, grad_u.transpose(0, 1)).view(len(weight), 3, 3, -1)
+        grad_weight = transform(WEIGHT.to(x).T, grad_u.transpose(0, 1)).view(len(weight), 3, 3, -1)
         return grad_x.permute(0, 3, 1, 2), grad_weight.permute(0, 3, 1, 2)
 
 
@@ -152,6 +145,5 @@ class WinogradConv2d(nn.Conv2d):
 
 def is_plain_3x3(module: nn.Module) -> bool:
     """Whether `module` is a 3×3 convolution with stride 1, zeros around and no bias."""
-    return type(module) is nn.Conv2d and module.bias is None and (
-        (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'))
+    plain = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros')
+    return type(module) is nn.Conv2d and module.bias is None and plain.items() <= vars(module).items()
