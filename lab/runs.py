@@ -86,8 +86,9 @@ def get_state(o: Any) -> dict:
 
 def forecast(epochs: int, seconds: float):
     """Say what `epochs` will take."""
-    minutes = max(1, round(seconds / 60))
-    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {minutes} min at this pace.', flush=True)
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    about = f'{hours} h {minutes} min' if hours else f'{minutes} min'
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
 
 
 class TrainingCallback(Callback):
@@ -230,10 +231,12 @@ class Run(contextlib.AbstractContextManager):
         self.lrs = self.state.get('lrs') or ((o.lr_min, o.lr_max) if o.lr_min else None)
 
     def check_folder(self):
-        """Raise `InputError` if the folder of a new run holds one, or if one that is to be resumed is finished."""
+        """Raise `InputError` if the folder of a new run holds one, or that of another none that can be resumed."""
         if rank_distrib(): return
         if (self.folder/'model.pth').exists():
             raise InputError(f'{self.folder} holds a finished run; choose another folder')
+        if self.resumes and not (self.folder/CHECKPOINT).exists():
+            raise InputError(f'{self.folder} holds no {CHECKPOINT} to resume; start a run without --resume')
         if not self.resumes and any((self.folder/name).exists() for name in (CHECKPOINT, 'metrics.json')):
             raise InputError(f'{self.folder} already holds a run; choose another folder, or resume it with: '
                              f'{self.command(resume=self.folder)}')

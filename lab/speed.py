@@ -104,6 +104,8 @@ def use_fast_layout(learn: Learner, stack: contextlib.ExitStack):
     if not memory_format or device not in ('cpu', 'cuda'): return
     for m in model.modules() if device == 'cpu' else ():
         stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
+    if torch.get_float32_matmul_precision() != 'highest' and any(type(m) is WinogradConv2d for m in model.modules()):
+        print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
     stack.callback(model.to, memory_format=torch.contiguous_format)
     model.to(memory_format=memory_format)
 

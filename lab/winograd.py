@@ -23,6 +23,12 @@ RESULT, WEIGHT, PIXELS = (torch.kron(m, m) for m in (  # for both directions; m 
     evaluate(4), evaluate(3), evaluate(6).inverse().T))
 
 
+def convolve_tile(tile: Tensor, weight: Tensor) -> Tensor:
+    """What this file computes, as the paper has it: tile (C, 6, 6), weight (C', C, 3, 3) → (C', 4, 4), all float64."""
+    a, g, b = evaluate(4), evaluate(3), evaluate(6).inverse()
+    return a.T @ ((g @ weight @ g.T) * (b.T @ tile @ b)).sum(1) @ a
+
+
 def transform(matrix: Tensor, tiles: Tensor, out: Tensor | None = None) -> Tensor:
     """`matrix` (J, I) times each of `tiles` (T, I, C) → (T, J, C)."""
     return torch.bmm(matrix.expand(len(tiles), *matrix.shape), tiles, out=out)

@@ -216,8 +216,8 @@ def test_options_out_of_range(change):
     (dict(precision='fp16'), '--precision fp16 '),
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'there is no folder /'),
-    (dict(resume='nowhere'), 'nowhere/checkpoint.pth cannot be read (No such file'),
-    (dict(resume='.'), 'checkpoint.pth cannot be read (No such file or directory)'),
+    (dict(resume='nowhere'), 'nowhere holds no checkpoint.pth to resume; start a run without --resume'),
+    (dict(resume='.'), ' holds no checkpoint.pth to resume; start a run without --resume'),
     (dict(resume='.', bs=512), '--bs does not go with --resume, which has its own'),  # a default that is given
 ], ids=str)
 def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from arch import ResNet
 from lab.speed import faster_class
-from lab.winograd import Winograd, WinogradConv2d, evaluate
+from lab.winograd import Winograd, WinogradConv2d, convolve_tile
 from train_fastai import get_dls
 
 TOLERANCE = 3e-6  # of a result's norm; direct convolutions in float32 are at 0.2 to 0.9e-6
@@ -36,12 +36,6 @@ def direct(x: Tensor, weight: Tensor) -> Tensor: return F.conv2d(x, weight, padd
 def layer() -> WinogradConv2d:
     torch.manual_seed(0)
     return WinogradConv2d(64, 64, 3, padding=1, bias=False)
-
-
-def convolve_tile(tile: Tensor, weight: Tensor) -> Tensor:
-    """What lab/winograd.py computes, as the paper has it: (C, 6, 6), (C', C, 3, 3) → (C', 4, 4), all float64."""
-    a, g, b = evaluate(4), evaluate(3), evaluate(6).inverse()  # the paper's A, G and B
-    return a.T @ ((g @ weight @ g.T) * (b.T @ tile @ b)).sum(1) @ a
 
 
 def test_a_tile_in_the_papers_notation_is_a_sum_of_products():
