@@ -6,12 +6,16 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, ends, make_folder
+from fastai.vision.all import Callback, TensorImage
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import train_fastai
 from experiments import repeat, speed
 from experiments.repeat import ARMS, format_percent, load_results, tabulate
-from train_fastai import get_dls
+from train_fastai import get_dls, get_learner
 
 README = (ROOT/'README.md').read_text()
 PAGE = (ROOT/'experiments/README.md').read_text()
@@ -29,7 +33,7 @@ def options(tmp_path) -> dict:
 def test_every_recipe_is_another_and_adds_its_row_once(options, monkeypatch):
     """All with the rates of one finder, that of the default recipe."""
     found, arms = [], ('default', 'lr-max-half-wd-0.4', 'lr-max-quarter-eps-1e-8', 'lr-max-quarter-pad-mean-colour',
-                       'ends-at-lrmin', 'div-final-1-holds-lrmax')
+                       'ends-at-lrmin', 'div-final-1-holds-lrmax', 'all-levers')
     monkeypatch.setattr(repeat, 'find_lrs', lambda learn: found.append(learn) or (1e-4, 8e-3))
     repeat.main('ingredients', arms=','.join(arms), seeds='2', **options)
     runs = load_results(options['out'])
@@ -38,12 +42,31 @@ def test_every_recipe_is_another_and_adds_its_row_once(options, monkeypatch):
     assert {*zip(runs.train_images, runs.test_images, runs.seed, runs.lr_min, strict=True)} == {(54, 6, 2, 1e-4)}
     assert [*zip(runs.lr_max, runs.wd, runs.ema, strict=True)][:3] == [(8e-3, 0.1, 0.99), (4e-3, 0.4, 0.99),
                                                                        (2e-3, 0.1, 0.99)]
-    assert [*runs.div_final[2:]] == pytest.approx([20, 20, 80, 1])
+    assert [*runs.div_final[2:]] == pytest.approx([20, 20, 80, 1, 35])
     assert runs.test_loss.nunique() == len(arms)
     assert runs.commit.notna().all()
     assert [f.name for f in options['out'].iterdir()] == ['results.csv']
     for table in ('ingredients', 'test'): repeat.main(table, arms='default', seeds='2', **options)
     assert [*load_results(options['out']).train_images[len(arms):]] == [60], 'repeated, or without all images'
+
+
+def test_filters_whiten_or_start_as_the_identity_and_flips_alternate(dls):
+    prep, *others = (m.weight for m in repeat.make_network(dls, True, True).modules() if isinstance(m, nn.Conv2d))
+    x, = dls.train.after_batch((TensorImage(dls.train_ds.images),))
+    white = torch.cov(F.conv2d(x.as_subclass(Tensor), prep[:27]).transpose(0, 1).flatten(1)).detach()
+    assert (white - white.diag().diag()).abs().max() < 1e-2 < white.max() < 1.01
+    x = torch.rand(1, 128, 4, 4)
+    assert torch.equal(F.conv2d(x, others[1], padding=1), x)
+
+    class See(Callback):
+        def after_train(self): seen.append(self.dls.train_ds.images)
+    seen, images = [], dls.train_ds.images
+    get_learner(dls).fit(3, 1e-4, cbs=[repeat.AlternateFlips(), See()])
+    mirrored = [any(torch.equal(a, b) for b in images.flip(-1)) for a in seen[0]]
+    assert True in mirrored
+    assert torch.equal(seen[1], seen[0].flip(-1))
+    assert torch.equal(seen[2], seen[0])
+    assert dls.train_ds.images is images
 
 
 def test_seeds_are_runs_of_train_fastai_and_go_on(options, no_pictures, monkeypatch, capsys):
