@@ -129,7 +129,8 @@ def make_network(dls: DataLoaders, whiten: bool, identity: bool) -> ResNet:
         x, = dls.train.after_batch((TensorImage(dls.train_ds.images[:5000]),))
         values, vectors = torch.linalg.eigh(F.unfold(x.as_subclass(Tensor), 3).transpose(0, 1).flatten(1).cov())
         filters = (vectors / (values + 1e-3).sqrt()).T.reshape(-1, 3, 3, 3).cpu()
-        prep[:2 * len(filters)] = torch.cat([filters, -filters])
+        filters = torch.cat([filters, -filters])[:len(prep)]
+        prep[:len(filters)] = filters
     for weight in others if identity else (): nn.init.dirac_(weight[:weight.shape[1]])
     return model
 
