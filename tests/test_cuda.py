@@ -59,7 +59,7 @@ def test_fp16_scales_the_loss_and_resumes_with_its_scale(path, tmp_path):
     options, scales = dict(data=path, out=tmp_path/'run', bs=16, epochs=3, lr_min=1e-4, lr_max=1e-3), []
     def look(cb): scales.append(cb.learn.scaler.get_scale())
     with disturbed(interrupt, epoch=2, batch=0), pytest.raises(SystemExit): main(args(**options, precision='fp16'))
-    scaler = dict(load_state(tmp_path/'run/checkpoint.pth')['callbacks'])['mixed_precision']
+    scaler = next(o for o in load_state(tmp_path/'run/checkpoint.pth')['states'] if '_growth_tracker' in o)
     assert scaler['scale'] > 1
     with pytest.MonkeyPatch.context() as m:
         m.setattr(fv.MixedPrecision, 'before_train', look, raising=False)
