@@ -37,7 +37,8 @@ class History(TrainingCallback):
 
     def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
 
-    def before_fit(self):
+    def before_fit(self):  # of a test, too, perhaps after a fit that something ended within an epoch
+        self.start = None
         if self.opt: self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
 
     def before_train(self): self.start, self.sums = time.perf_counter(), []
@@ -73,12 +74,13 @@ class History(TrainingCallback):
 class Misclassified(TrainingCallback):
     """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
 
-    `log_probs` (N, classes) float32 and `targets` (N,) int64 are those of the last test, on the CPU; `digests` tell
-    with which weights each epoch was tested.
+    `log_probs` (N, classes) float32 and `targets` (N,) int64 are the last test's; `digests` tell of all tests' weights.
     """
     log_probs = targets = batches = None
 
     def __init__(self): self.digests = []
+
+    def before_fit(self): self.batches = None
 
     def before_train(self): self.batches = []  # a test without training is none of an epoch's
 

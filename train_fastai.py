@@ -2,7 +2,7 @@
 """CIFAR-10 in 24 epochs with fastai: 93.95 ± 0.28 % test accuracy (mean ± sd, n = 5), learning rates from `lr_find`.
 
     python train_fastai.py             # the whole experiment: download, find the LRs, train 24 epochs, draw, report
-    python train_fastai.py --quick     # a quick look: one image in ten, 4 epochs
+    python train_fastai.py --quick     # a quick look: one image in ten, 3 epochs
     python train_fastai.py --help      # the options
 
 The assignment: its ResNet (arch.py), 24 epochs, batches of 512, Adam, cross-entropy, a one-cycle schedule whose bounds
@@ -187,7 +187,7 @@ class Options:
     precision: Annotated[str, 'auto picks the fastest the hardware supports', dict(choices=PRECISIONS)] = 'auto'
     plain: Annotated[bool, "the assignment's letter: padding with grey, wd 0.01, no smoothing, no average"] = False
     resize: Annotated[bool, 'take the centre square of images that are not 32×32'] = False
-    quick: Annotated[bool, 'a quick look: a tenth of the images, at most 4 epochs, batches of at most 64'] = False
+    quick: Annotated[bool, 'a quick look: a tenth of the images, at most 3 epochs, batches of at most 64'] = False
     resume: Annotated[str, 'folder of an interrupted run to resume, under its own options'] = None
 
 

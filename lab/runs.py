@@ -15,7 +15,7 @@ from lab.processes import on_first
 from lab.sources import get_data, get_sample
 from lab.speed import resolve_precision, unwrap
 
-QUICK = dict(epochs=4, bs=64)  # the most that a quick look has of each
+QUICK = dict(epochs=3, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
 CHECKPOINT = 'checkpoint.pth'
 
@@ -199,7 +199,7 @@ def check_options(o):
 
 def limit_to_quick_look(o):
     """The options `o` of a quick look, which takes minutes."""
-    print('A quick look: one image in ten, at most 4 epochs, batches of at most 64. It says nothing about the recipe.')
+    print('A quick look: one image in ten, at most 3 epochs, batches of at most 64. It says nothing about the recipe.')
     return dataclasses.replace(o, quick=True, **{k: min(getattr(o, k), limit) for k, limit in QUICK.items()})
 
 
@@ -252,10 +252,7 @@ class Run(contextlib.AbstractContextManager):
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
 
     def claim_folder(self, dls: DataLoaders):
-        """Make the folder for a run on the images of `dls`, and lock it against a second one. Raises `InputError`.
-
-        Until here another process could go on with the same run; from an older checkpoint it only takes longer.
-        """
+        """Make the folder for a run on the images of `dls`, and lock it against a second one. Raises `InputError`."""
         self.fingerprint = fingerprint(dls)
         if self.state.get('fingerprint', self.fingerprint) != self.fingerprint:
             raise InputError(f'these are not the images that the run in {self.folder} was trained on')
@@ -271,7 +268,7 @@ class Run(contextlib.AbstractContextManager):
             print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
         self.stack.enter_context(contextlib.suppress(OSError))
         self.stack.callback(lock.unlink)  # while it is held: nobody else is in
-        self.check_folder()
+        self.check_folder()  # once more: until here another process could have finished the same run
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, one for all its fits, at these rates. Raises `InputError`."""

@@ -9,8 +9,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_rooms import MODULES, imported
 
-from predict import EXPORTS
-
 PYPROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())
 DIRECT, DEV = PYPROJECT['project']['dependencies'], PYPROJECT['project']['optional-dependencies']['dev']
 LOCKS = [(ROOT/file).read_text() for file in ('requirements.txt', 'requirements-dev.txt')]
@@ -46,7 +44,7 @@ def test_the_package_holds_the_program_and_declares_its_imports():
     rest = {f for f in (ROOT/'lab').iterdir() if f.suffix not in ('.py', '') and f.name[0] != '.'}
     assert rest == {f for pattern in tools['package-data']['lab'] for f in (ROOT/'lab').glob(pattern)}
     names = {name.partition('.')[0] for module in MODULES for name in imported(module)}
-    names -= {'lab', *MODULES, *sys.stdlib_module_names, *EXPORTS.values()} - {'torch'}  # predict.py asks for those
+    names -= {'lab', *MODULES, *sys.stdlib_module_names, 'safetensors'}  # predict.py asks for it
     packages = packages_distributions()
     assert {canonicalize_name(packages[name][0]) for name in names} == {
         canonicalize_name(Requirement(r).name) for r in DIRECT}

@@ -267,11 +267,11 @@ def test_a_quick_look_is_short_also_when_it_is_resumed(tmp_path, capsys, no_pict
     with disturbed(interrupt): ends(capsys, 130, main, data=path, out=out, quick=True, bs=4, **rates)
     main(args(resume=out))
     m = read_metrics(out)
-    assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (4, 4, 15, 6)
-    assert len(pd.read_csv(out/'history.csv')) == 4
-    assert list(pd.read_csv(out/'schedule.csv').lr) == pytest.approx([one_cycle(i, 12, **rates) for i in range(12)])
+    assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (3, 4, 15, 6)
+    assert len(pd.read_csv(out/'history.csv')) == 3
+    assert list(pd.read_csv(out/'schedule.csv').lr) == pytest.approx([one_cycle(i, 9, **rates) for i in range(9)])
     assert (out/'models/rest').exists()
-    command = f'--data {path} --epochs 4 --bs 4 --lr-min 0.0001 --lr-max 0.001 --lr-end 1e-06 --quick\n'
+    command = f'--data {path} --epochs 3 --bs 4 --lr-min 0.0001 --lr-max 0.001 --lr-end 1e-06 --quick\n'
     assert command in (out/'report.md').read_text()
 
 
