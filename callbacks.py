@@ -14,7 +14,6 @@ class SeedEpochs(Callback):
     order = -20  # first
 
     def __init__(self, seed: int): self.seed, self.earlier, self.done = seed, 0, 0
-
     def before_fit(self): self.earlier = self.done
 
     def before_train(self):
@@ -35,13 +34,13 @@ class History(TrainingCallback):
     """
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
-    def __init__(self): self.rows, self.schedule, self.seconds_training, self.start = [], [], 0., None
+    def __init__(self):
+        self.rows, self.schedule, self.seconds_training, self.start, self.trained = [], [], 0., None, None
 
-    def before_fit(self):  # of a test, too, perhaps after a fit that something ended within an epoch
-        self.start = None
+    def before_fit(self):
         if self.opt: self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
 
-    def before_train(self): self.start, self.sums = time.perf_counter(), []
+    def before_train(self): self.start, self.sums, self.trained = time.perf_counter(), [], None
 
     def after_batch(self):
         if self.start is None or not len(self.yb): return
@@ -63,12 +62,12 @@ class History(TrainingCallback):
         self.trained = self.means()
 
     def after_validate(self):
-        if self.start is None: return  # a test without training
+        if self.trained is None: return  # a test without training
         row = len(self.rows) + 1, *self.trained, *self.means(), time.perf_counter() - self.start
         self.rows.append(dict(zip(self.columns, row, strict=True)))
-        self.start = None
+        self.start = self.trained = None
 
-    def train_accuracy(self) -> float: return self.trained[1]
+    def train_accuracy(self) -> float: return self.trained[1] if self.trained else math.nan
 
 
 class Misclassified(TrainingCallback):
@@ -79,10 +78,7 @@ class Misclassified(TrainingCallback):
     log_probs = targets = batches = None
 
     def __init__(self): self.digests = []
-
-    def before_fit(self): self.batches = None
-
-    def before_train(self): self.batches = []  # a test without training is none of an epoch's
+    def after_train(self): self.batches = []  # a test without training is none of an epoch's
 
     def after_batch(self):
         if self.training or self.batches is None or not len(self.yb): return
@@ -111,6 +107,7 @@ class StopOnNaN(TrainingCallback):
     """Ends a fit after an epoch, or its test, whose loss was not finite, by `RunError`. No batch waits for a GPU."""
     finite = None  # outside an epoch, as in `learn.validate()`
 
+    def before_fit(self): self.finite = None
     def before_train(self): self.finite = []
 
     def after_loss(self):  # before a callback ends the fit for that reason
@@ -129,14 +126,14 @@ class StopOnNaN(TrainingCallback):
 class WeightAverage(TrainingCallback):
     """Tests, and at the end keeps, a moving average of the weights and of batch norm's statistics.
 
-    An LR that is not annihilated leaves the weights fluctuating around a better point, which their average
-    approximates. What was tested stays in the model until the next epoch, where callbacks that save the best model
-    look for it. `decay` is per step; it ramps up over about `ramp` steps, as in TensorFlow, since with a constant decay
-    a short run's average remembers its start. (torch's AveragedModel moves its counter to the GPU, and waits for it.)
+    An LR that is not annihilated leaves the weights fluctuating around a better point. What was tested stays in the
+    model until the next epoch, for callbacks that save the best model. `decay`, per step, ramps up over about `ramp`
+    steps, so that a short run's average forgets its start. (torch's AveragedModel waits for the GPU at every step.)
     """
     ramp = 10
 
     def __init__(self, decay: float): self.decay = decay
+    def before_validate(self): self.swap()
 
     def before_fit(self):
         model = unwrap(self.model)
@@ -157,8 +154,6 @@ class WeightAverage(TrainingCallback):
 
     def before_epoch(self):
         if self.swapped: self.swap()
-
-    def before_validate(self): self.swap()
 
     def after_fit(self):
         if not self.swapped: self.swap()  # something ended an epoch before its test

@@ -126,7 +126,7 @@ def make_network(dls: DataLoaders, whiten: bool, identity: bool) -> ResNet:
     model = ResNet(3, len(dls.vocab))
     prep, *others = (m.weight.data for m in model.modules() if isinstance(m, nn.Conv2d))
     if whiten:
-        x, = dls.train.after_batch((TensorImage(dls.train_ds.images[:5000]),))
+        x, = dls.train.after_batch((TensorImage(dls.train_ds.images[::max(1, len(dls.train_ds) // 5000)]),))
         values, vectors = torch.linalg.eigh(F.unfold(x.as_subclass(Tensor), 3).transpose(0, 1).flatten(1).cov())
         filters = (vectors / (values + 1e-3).sqrt()).T.reshape(-1, 3, 3, 3).cpu()
         filters = torch.cat([filters, -filters])[:len(prep)]
@@ -218,7 +218,7 @@ def main(
 ):
     "Train with every seed and add the results to results.csv, or print its table."
     out, names = Path(out), arms.split(',') if what != 'seeds' else ['experiment']
-    if unknown := {*names} - {*ARMS, 'experiment'}: raise InputError(f'--arms: no {", ".join(unknown)}')
+    if what != 'seeds' and (unknown := {*names} - {*ARMS}): raise InputError(f'--arms: no {", ".join(unknown)}')
     if what == 'seeds' and every > 1: raise InputError('--every: `seeds` runs train_fastai.py, on all images')
     if table: print(tabulate(load_results(out), what))
     if add: add_row(out, read_run(Path(add), data))

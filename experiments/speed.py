@@ -31,6 +31,7 @@ import torch
 from fastai.vision.all import *
 from fastcore.script import call_parse
 
+from arch import ResNet
 from lab import speed
 from lab.sources import get_data
 from train_fastai import get_dls, get_learner
@@ -38,28 +39,6 @@ from train_fastai import get_dls, get_learner
 WARM_UP = 3  # batches that are not counted: the first ones ask for memory and make oneDNN choose its kernels
 FIT, FIT_BEFORE = 'a batch of a fit in `fast`', 'the same, before'
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
-
-
-class Plain(nn.Module):
-    """The assignment's network as one would write it first: (N, 3, 32, 32) → logits (N, 10)."""
-
-    def __init__(self):
-        super().__init__()
-        widths = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
-        self.convs = nn.ModuleList(nn.Conv2d(*c, 3, padding=1, bias=False) for c in widths)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c) for _, c in widths)
-        self.fc = nn.Linear(512, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        def stage(i, x, pool=True):
-            x = self.convs[i](x)
-            return F.relu(self.norms[i](F.max_pool2d(x, 2) if pool else x))
-
-        x = stage(1, stage(0, x, pool=False))
-        x = x + stage(3, stage(2, x, pool=False), pool=False)
-        x = stage(5, stage(4, x))
-        x = x + stage(7, stage(6, x, pool=False), pool=False)
-        return self.fc(F.max_pool2d(x, 4).flatten(1))
 
 
 def read_clock(x: Tensor) -> float:
@@ -70,10 +49,11 @@ def read_clock(x: Tensor) -> float:
 
 def time_steps(dls: DataLoaders, n: int, precision: str = 'fp32', memory_format=torch.contiguous_format, fused=None,
                conv: str | None = None, memory: Callable = contextlib.nullcontext) -> list[float]:
-    """When each of `n` steps of `Plain` on one batch began; `conv` names a class for all convolutions but the first."""
+    """When each of `n` plain steps on one batch began; `conv` names a class for all convolutions but the first."""
     x, y = (o.as_subclass(Tensor) for o in dls.one_batch())
-    model, x = Plain().to(x.device, memory_format=memory_format), x.contiguous(memory_format=memory_format)
-    for m in model.convs[1:] if conv else (): m.__class__ = pkgutil.resolve_name(conv)
+    model, x = ResNet().to(x.device, memory_format=memory_format), x.contiguous(memory_format=memory_format)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for m in convs[1:] if conv else (): m.__class__ = pkgutil.resolve_name(conv)
     opt, times = torch.optim.AdamW(model.parameters(), fused=fused), []
     with memory():
         for _ in range(n):

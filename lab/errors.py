@@ -15,7 +15,6 @@ class RunError(RuntimeError):
     """The run cannot go on; the message is one line."""
 
     def __init__(self, message: str): self.message = message
-
     def __str__(self): return self.message  # fastai rewrites the arguments of an error in a callback
 
 

@@ -15,7 +15,7 @@ def show_progress() -> bool:
 
 def list_images(path: Path) -> L:
     """All files in `path` with an extension that Pillow reads, sorted."""
-    return get_files(path, {o for o, kind in Image.registered_extensions().items() if kind in Image.OPEN}).sorted()
+    return get_files(path).filter(lambda f: Image.registered_extensions().get(f.suffix.lower()) in Image.OPEN).sorted()
 
 
 def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
@@ -48,8 +48,9 @@ class RGBImage(PILImage):
 
     @classmethod
     def create(cls, fn: Path | str | Tensor | ndarray | bytes | io.IOBase | Image.Image, **kwargs):
-        if isinstance(fn, cls | Tensor | ndarray): return super().create(fn, **kwargs)
+        if isinstance(fn, cls): return fn
         try:
+            if isinstance(fn, Tensor | ndarray): fn = super().create(fn)
             image = fn if isinstance(fn, Image.Image) else Image.open(io.BytesIO(fn) if isinstance(fn, bytes) else fn)
             if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
             if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -58,7 +59,8 @@ class RGBImage(PILImage):
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
             return cls(image.convert('RGB'))
         except Exception as e:  # Pillow's many kinds
-            raise InputError(f'{fn} cannot be read as an image ({one_line(e)})') from e
+            what = fn if isinstance(fn, str | Path) else f'this {type(fn).__name__}'
+            raise InputError(f'{what} cannot be read as an image ({getattr(e, "strerror", 0) or one_line(e)})') from e
 
 
 class CenterResize(DisplayedTransform):

@@ -54,7 +54,8 @@ def write_page(m: dict, wrong: pd.DataFrame, classes: pd.DataFrame, images: Tens
     """
     names, pngs = [*classes['class']], [encode(encode_png(image).numpy()) for image in images]
     rows = wrong.assign(actual=wrong.actual.map(names.index), predicted=wrong.predicted.map(names.index), png=pngs,
-                        probability=wrong.probability.round(4), loss=wrong.loss.clip(upper=1e4).round(4))
+                        probability=wrong.probability.astype(float).round(4),
+                        loss=wrong.loss.astype(float).clip(upper=1e4).round(4))
     right = classes['images'] - rows.actual.value_counts().reindex(classes.index, fill_value=0)
     data = dict(classes=names, right=right.tolist(), matrix=len(names) <= 50, wrong=rows.values.tolist(),
                 cells=list_confusions(rows, len(rows)).values.tolist(),

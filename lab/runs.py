@@ -13,7 +13,7 @@ from lab.errors import InputError, RunError, one_line
 from lab.loader import fingerprint
 from lab.processes import on_first
 from lab.sources import get_data, get_sample
-from lab.speed import resolve_precision, unwrap
+from lab.speed import FastFit, resolve_precision, unwrap
 
 QUICK = dict(epochs=3, bs=64)  # the most that a quick look has of each
 PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
@@ -104,15 +104,16 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of that. After one epoch it says how long the rest will take.
+    epochs of it, and no other callback hears of these epochs. After one epoch it says how long the rest will take.
     """
     order = 1000  # last: trackers have their new state
 
     def __init__(self, run: 'Run'): self.of, self.fits = run, 0
+    def after_cancel_fit(self): self.save_tables()
 
     def others(self) -> L:
         """What has a state of its own: the other callbacks, and the smoothed loss, which a tracker may watch."""
-        cbs = self.learn.cbs.filter(lambda cb: not isinstance(cb, Checkpoint | Recorder | ProgressCallback))
+        cbs = self.learn.cbs.filter(lambda cb: not isinstance(cb, Checkpoint | Recorder | ProgressCallback | FastFit))
         return cbs + L(nested_attr(self, 'recorder.smooth_loss'))
 
     def plan(self) -> list:
@@ -137,8 +138,6 @@ class Checkpoint(TrainingCallback):
         if done == self.skip: self.learn.cbs = self.cbs_then
         if done > self.skip: self.save(done)
         if done == self.skip + 1 and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
-
-    def after_cancel_fit(self): self.save_tables()
 
     def save(self, epochs_done: int):
         """Write the checkpoint, and the tables so far."""
@@ -220,7 +219,7 @@ class Run(contextlib.AbstractContextManager):
         if o.data: o = dataclasses.replace(o, data=str(Path(o.data).absolute()))  # to be resumed from anywhere
         if self.resumes:
             self.state = load_state(self.folder/CHECKPOINT)
-            if not isinstance(self.state, dict) or self.state.get('options', {}).keys() != vars(o).keys():
+            if not isinstance(s := self.state, dict) or 'states' not in s or s['options'].keys() != vars(o).keys():
                 raise InputError(f'{self.folder/CHECKPOINT} was not written by this version of the program')
             self.start -= self.state['seconds_total']
             o = type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
@@ -246,7 +245,9 @@ class Run(contextlib.AbstractContextManager):
         o = self.options
         try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
         except InputError as e:
-            if not self.bare: raise
+            if not self.bare:
+                if not (o.data or o.quick): e.add_note('or add --quick, which needs no network')
+                raise
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
             self.options, path = (o := limit_to_quick_look(o)), get_sample()
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)

@@ -46,7 +46,7 @@ def get_folder(path: Path, fill: Callable) -> Path:
     raise InputError(f'{path} does not hold the {SIZES[path.name]:,} images of CIFAR-10; remove it to get them again')
 
 
-def get_first(copies: dict[str, Callable], what: str, advice: str = 'check network and disk, or add --quick') -> Path:
+def get_first(copies: dict[str, Callable], what: str, advice: str = 'check network and disk') -> Path:
     """The first folder of `copies`, by name, that is there or can be made. Raises `InputError`."""
     try: (home := fastai_path('data')).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f'fastai cannot write to {e.filename} ({e.strerror}); set FASTAI_HOME') from e

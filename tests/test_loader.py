@@ -112,6 +112,10 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
     assert (images.shape, images.dtype) == ((8, 3, 32, 32), torch.uint8)
     for i in range(4): assert (images[i].permute(1, 2, 0).numpy() == (colour if i == 2 else grey[..., None])).all(), i
     assert (images[4] == images[2]).all()
+    for i, array in enumerate((grey, grey.astype('uint16') * 257, np.concatenate([colour, opaque], -1))):
+        assert (np.array(RGBImage.create(array)) == images[i].permute(1, 2, 0).numpy()).all()
+    with pytest.raises(InputError, match='^this bytes cannot be read'): RGBImage.create(bytes(10**6))
+    (path/'train/red/png').touch()  # a name without an extension
     assert (images[5].permute(1, 2, 0).numpy() == np.array(Image.open(files[5]).convert('RGB'))).all()
     x, = get_dls(path, bs=8).test_dl(files[:6]).one_batch()  # and the other way to read an image agrees
     mean, std = (torch.tensor(o)[:, None, None] for o in cifar_stats)

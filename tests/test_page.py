@@ -24,7 +24,8 @@ def make_page(names: list[str], n: int, maps: torch.Tensor | None = None, **metr
     actual, predicted = i % len(names), (i % len(names) + 1 + i // len(names) % (len(names) - 1)) % len(names)
     wrong = pd.DataFrame(dict(
         file=[f'test/{names[a]}/{k}.png' for k, a in enumerate(actual)], actual=[names[a] for a in actual],
-        predicted=[names[p] for p in predicted], probability=0.5 + i / (2 * n + 1), loss=[np.inf, *i[:0:-1] / 7][:n]))
+        predicted=[names[p] for p in predicted], probability=0.5 + i / (2 * n + 1),
+        loss=[np.inf, *i[:0:-1] / 7][:n])).astype(dict(probability='float32', loss='float32'))
     classes = pd.DataFrame({'class': names, 'images': 1000, 'recall': 0.9, 'precision': 0.9})
     colours = torch.from_numpy(np.stack([i % 251, i // 251 * 10, 100 + 0 * i], 1)).to(torch.uint8)
     images = colours[:, :, None, None].expand(n, 3, 32, 32)

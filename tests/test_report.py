@@ -54,7 +54,7 @@ def test_it_sets_what_was_done_beside_what_was_asked():
                  'peak at training batch 486 of 2,328', 'no annihilation', 'by `learn.lr_find`', 'lr_find.png',
                  '| 24 | 0.062 | 40.00 % | 0.052 | 92.73 % |', '| fc: Linear | 10 | 5,130 |',
                  r'| d\|g | 10 | 100.0 % | 76.9 % |', '| eel | 5 | 0.0 % | – |', r'eel → cat (4), cat → d\|g (2)',
-                 "letter:\n\n- **Log-softmax**", 'weight decay** (AdamW) of 0.1;', '- **Reflected padding',
+                 "letter:\n\n- **Log-softmax**", 'weight decay** (AdamW; fastai', '- **Reflected padding',
                  '6 of 10,000 test images', 'torch 2.14.1, at commit abc1234+', '    python train_fastai.py\n'):
         assert part in text, part
     for part in ('quick look', 'were planned', 'not those of the last epoch', '--plain', '**size', 'lrmin is a tenth'):
@@ -66,13 +66,14 @@ def test_it_says_what_was_different():
     text = report(first_epoch_over_90=None, epochs=6, weights_of_epoch=3, commit=None,
                   options=OPTIONS | dict(lr_min=1.6e-4, lr_end=1.6e-6, quick=True, plain=True),
                   recipe=RECIPE | dict(label_smoothing=0., ema=0., wd=0., augmentation=[]))
-    for part in ('not reached', '| first epoch over 90 % test accuracy | none |', ', given |', '`--plain`',
+    for part in ('not reached', '| first epoch over 90 % test accuracy | not reached |', ', given |', '`--plain`',
                  '- **Size:** 6 epochs', '# Quick look: 92.73 % in 6 epochs', '**A quick look**',
                  'ended after 6 epochs; 24 were planned',
                  'tested after epoch 3', '| those of the last step |', 'no weight decay |', 'cutout 8×8 | none |'):
         assert part in text, part
     for part in ('lr_find.png', 'no annihilation', 'smooth', 'averaged', 'commit'): assert part not in text
     assert 'were changed after the last test' in report(weights_of_epoch=None)
+    assert '- **Another network**, ResNet, with 9 parameters and LogSoftmax at its end.' in report(parameters=9)
 
 
 def test_of_many_classes_the_worst_and_the_best_are_listed():

@@ -3,6 +3,7 @@ import sys
 import warnings
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,21 @@ def test_fast_keeps_what_tensors_free_and_then_returns_it(make):
     with fast(make()): assert any(faults() < 1000 for _ in range(25))
     held = [torch.ones(2**24) for _ in range(8)]  # they fill whatever gap the heap has
     assert [faults() > 16_000 for _ in held[:3]] == [True] * 3
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a matter of glibc')
+@pytest.mark.parametrize('every', [2, 1000])
+def test_a_fit_holds_no_more_at_its_end_than_at_its_start(make, monkeypatch, every):
+    class Keep(Callback):
+        order, kept, pages = 100, [], []
+        def before_batch(self):
+            torch.ones(2**22)  # 4,096 pages
+            self.kept.append(torch.ones(2**10))  # may lie where that was
+            self.pages.append(int(Path('/proc/self/statm').read_text().split()[1]))
+    monkeypatch.setattr('lab.speed.TRIM_EVERY', every)
+    fit_fast(make(), 8, cbs=(keep := Keep()))
+    grown = (keep.pages[-1] - keep.pages[4]) / 4096
+    assert (grown < 4) == (every == 2), grown
 
 
 @pytest.mark.parametrize(('device', 'flags', 'allowed', 'expected'), [
