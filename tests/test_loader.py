@@ -179,13 +179,6 @@ def test_files_come_sorted_whatever_the_directory_says(folder, monkeypatch):
     assert list(image_files(folder)) == sorted(folder.rglob('*.png'), key=lambda f: f.parts)
 
 
-def test_images_are_decoded_without_processes(folder, monkeypatch):
-    """Which need shared memory, of which a container has little."""
-    for name in ('torch.utils.data.DataLoader', 'multiprocessing.process.BaseProcess.start'):
-        monkeypatch.setattr(name, None)
-    assert decode_images(image_files(folder)).shape == (36, 3, 32, 32)
-
-
 @pytest.mark.parametrize('names', ['test valid', 'val'])
 def test_folders_of_other_names_and_files_of_other_kinds(tmp_path, names):
     path, (taken, *others) = make_folder(tmp_path/'ein Ordner'), names.split()

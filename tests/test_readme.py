@@ -25,7 +25,8 @@ def place(run, folder, tmp_path, monkeypatch, no_pictures):
     for file in make_folder(tmp_path/'my_images').rglob('*.png'): Image.new('RGB', (50, 40)).save(file)
     Image.new('RGB', (50, 40)).save(tmp_path/'photo.jpg')
     (tmp_path/'my_classes').symlink_to(tmp_path/'my_images/train')
-    for name in ('train_fastai.py', 'arch.py', 'callbacks.py', 'lab'): (tmp_path/name).symlink_to(ROOT/name)
+    for o in (*ROOT.glob('*.py'), *(ROOT/name for name in ('lab', 'sample', 'requirements.txt', 'README.md'))):
+        (tmp_path/o.name).symlink_to(o)
     defaults, fit = train_fastai.get_dls.__defaults__, Learner.fit_one_cycle
     monkeypatch.setattr(train_fastai.get_dls, '__defaults__', (8, *defaults[1:]))
     monkeypatch.setattr(Learner, 'fit_one_cycle', lambda learn, _, *more, **options: fit(learn, 1, *more, **options))
