@@ -264,7 +264,7 @@ def test_a_quick_look_is_short_also_when_it_is_resumed(tmp_path, capsys, no_pict
     message = '15 training images are fewer than one batch of 64'
     assert message in ends(capsys, 2, main, data=path, out=out, quick=True)
     rates = dict(lr_min=1e-4, lr_max=1e-3, lr_end=1e-6)
-    with disturbed(interrupt): ends(capsys, 130, main, data=path, out=out, quick=True, bs=4, **rates)
+    with disturbed(interrupt, 2): ends(capsys, 130, main, data=path, out=out, quick=True, bs=4, **rates)
     main(args(resume=out))
     m = read_metrics(out)
     assert (m['epochs'], m['batch_size'], m['train_images'], m['test_images']) == (3, 4, 15, 6)
