@@ -162,7 +162,7 @@ class FastFit(Callback):
     def after_batch(self):
         # What stays, as the recorder's losses, may lie where a large tensor was, which no longer fits there. Without
         # this, a heap that keeps freed memory grows by 600 MB in an epoch of CIFAR-10.
-        if self.training and self.train_iter % TRIM_EVERY == 0: malloc_trim(0)
+        if self.training and self.train_iter % TRIM_EVERY == 0 and not one_param(self.model).is_cuda: malloc_trim(0)
 
     def after_fit(self):
         if self.recorded and vars(self.model).get('forward') is self.recorded: del self.model.forward

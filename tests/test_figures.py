@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -7,6 +9,7 @@ from matplotlib.colors import same_color
 
 from lab import figures
 from lab.loader import decode_images
+from lab.results import save_figure
 from train_fastai import get_learner
 
 LRS = [10 ** (-7 + i / 10) for i in range(75)]
@@ -86,3 +89,12 @@ def test_fastais_grids_are_not_blurred(dls):
         assert shown == ['nearest'] * len(shown)
         assert len(shown) >= 8
     assert dls.train.rng.getstate() == rng
+
+
+def test_figures_of_a_quick_look_say_so(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt.Figure, 'savefig', lambda fig, file, **_: shown.append('a quick look' in texts(fig)))
+    for quick in (True, False):
+        run = SimpleNamespace(folder=tmp_path, options=SimpleNamespace(quick=quick))
+        save_figure(run, 'x.png', figures.draw_lr_finder, LRS, LOSSES, 1e-4, 1e-3)
+    assert shown == [True, False]

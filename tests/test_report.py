@@ -54,7 +54,7 @@ def test_it_sets_what_was_done_beside_what_was_asked():
                  'peak at training batch 486 of 2,328', 'no annihilation', 'by `learn.lr_find`', 'lr_find.png',
                  '| 24 | 0.062 | 40.00 % | 0.052 | 92.73 % |', '| fc: Linear | 10 | 5,130 |',
                  r'| d\|g | 10 | 100.0 % | 76.9 % |', '| eel | 5 | 0.0 % | – |', r'eel → cat (4), cat → d\|g (2)',
-                 "letter:\n\n- **Log-softmax**", 'weight decay** (AdamW; fastai', '- **Reflected padding',
+                 "letter:\n\n- **Log-softmax**", 'weight decay** (AdamW;', 'the same) of 0.1;', '- **Reflected padding',
                  '6 of 10,000 test images', 'torch 2.14.1, at commit abc1234+', '    python train_fastai.py\n'):
         assert part in text, part
     for part in ('quick look', 'were planned', 'not those of the last epoch', '--plain', '**size', 'lrmin is a tenth'):

@@ -173,7 +173,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(folder, tmp_path, capsys, no_p
         file.write_bytes(content[:size])
         assert 'checkpoint.pth is damaged' in ends(capsys, 2, main, resume=tmp_path)
     assert not any('record' in o for o in state['states']), 'it may go on on another device'
-    for other in (torch.ones(2), dict(options=state['options']), state | dict(options=dict(taste=0))):
+    for other in (torch.ones(2), dict(options=(o := state['options'])), state | dict(options=o | dict(taste=0))):
         torch.save(other, file)
         assert 'was not written by this version of the program' in ends(capsys, 2, main, resume=tmp_path)
     torch.save(dict(a=Path), file)
