@@ -30,12 +30,13 @@ class History(TrainingCallback):
     """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
     Figures are means over an epoch's batches as trained on, and over the test's, not smoothed. A row's `seconds` are
-    those of the epoch with its test; `seconds_training` leaves the tests out.
+    those of the epoch with its test; `seconds_training` leaves the tests out. `digests` tell of the weights of each row.
     """
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self):
-        self.rows, self.schedule, self.seconds_training, self.start, self.trained = [], [], 0., None, None
+        self.rows, self.schedule, self.digests, self.seconds_training = [], [], [], 0.
+        self.start = self.trained = None  # outside of an epoch, and before its training has ended
 
     def before_fit(self):
         if self.opt: self.path.mkdir(parents=True, exist_ok=True)  # `CSVLogger` would fail without it
@@ -43,7 +44,7 @@ class History(TrainingCallback):
     def before_train(self): self.start, self.sums, self.trained = time.perf_counter(), [], None
 
     def after_batch(self):
-        if self.start is None or not len(self.yb): return
+        if self.start is None: return  # a test without training
         means = (loss := self.learn.loss.mean()), accuracy(self.pred, *self.yb), torch.ones_like(loss)
         self.sums.append(torch.stack([o.detach().as_subclass(Tensor).float() for o in means]) * find_bs(self.yb))
         if not self.training: return
@@ -62,36 +63,32 @@ class History(TrainingCallback):
         self.trained = self.means()
 
     def after_validate(self):
-        if self.trained is None: return  # a test without training
+        if self.trained is None: return
         row = len(self.rows) + 1, *self.trained, *self.means(), time.perf_counter() - self.start
         self.rows.append(dict(zip(self.columns, row, strict=True)))
+        self.digests.append(digest_weights(self.model))
         self.start = self.trained = None
 
     def train_accuracy(self) -> float: return self.trained[1] if self.trained else math.nan
 
 
 class Misclassified(TrainingCallback):
-    """Collects the network's predictions for the test images at every test of a fit; `table` lists the wrong ones.
+    """Collects the network's predictions for the test images at every test; `table` lists the wrong ones.
 
-    `log_probs` (N, classes) float32 and `targets` (N,) int64 are the last test's; `digests` tell of all tests' weights.
+    `log_probs` (N, classes) float32 and `targets` (N,) int64 are the last test's.
     """
-    log_probs = targets = batches = None
+    log_probs = targets = None
 
-    def __init__(self): self.digests = []
-    def after_train(self): self.batches = []  # a test without training is none of an epoch's
+    def before_validate(self): self.batches = []
 
     def after_batch(self):
-        if self.training or self.batches is None or not len(self.yb): return
+        if self.training or self.dl is not self.dls.valid: return
         # Log-softmax leaves log-probabilities as they are, so a network may also end in logits.
         self.batches.append((F.log_softmax(self.pred.detach(), 1, dtype=torch.float32), *self.yb))
 
     def after_validate(self):
-        if self.batches is None: return
-        batches, self.batches = self.batches, None
-        self.digests.append(digest_weights(self.model))
-        self.log_probs = self.targets = None
-        if not batches or sum(len(o) for o, _ in batches) < len(self.dls.valid_ds): return  # skipped or cut short
-        self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu() for o in zip(*batches, strict=True))
+        if not self.batches: return
+        self.log_probs, self.targets = (torch.cat(o).as_subclass(Tensor).cpu() for o in zip(*self.batches, strict=True))
 
     def table(self) -> pd.DataFrame:
         """Every wrong test image as `file, actual, predicted, probability, loss`, worst first; index: its place."""
@@ -104,23 +101,13 @@ class Misclassified(TrainingCallback):
 
 
 class StopOnNaN(TrainingCallback):
-    """Ends a fit after an epoch, or its test, whose loss was not finite, by `RunError`. No batch waits for a GPU."""
-    finite = None  # outside an epoch, as in `learn.validate()`
-
-    def before_fit(self): self.finite = None
-    def before_train(self): self.finite = []
-
-    def after_loss(self):  # before a callback ends the fit for that reason
-        if self.finite is not None: self.finite.append(torch.isfinite(self.learn.loss.detach()).all())
+    """Ends a fit by `RunError` after an epoch whose training loss, as `History` has it, was not finite."""
+    order = History.order + 1
 
     def after_train(self):
-        finite, self.finite = [bool(o) for o in self.finite or ()], [] if self.training else None
-        if all(finite): return
-        at = f'batch {finite.index(False) + 1} of {self.n_iter} of' if self.training else 'the test after'
-        raise RunError(f'the loss was not finite at {at} epoch {self.epoch + 1}; lower --lr-max (the rate is '
+        if math.isfinite(self.history.trained[0]): return
+        raise RunError(f'the loss was not finite in epoch {self.epoch + 1}; lower --lr-max (the rate is '
                        f'{self.opt.hypers[-1]["lr"]:.2e})')
-
-    after_validate = after_cancel_fit = after_train
 
 
 class WeightAverage(TrainingCallback):

@@ -187,13 +187,13 @@ class Options:
     precision: Annotated[str, 'auto picks the fastest the hardware supports', dict(choices=PRECISIONS)] = 'auto'
     plain: Annotated[bool, "the assignment's letter: padding with grey, wd 0.01, no smoothing, no average"] = False
     resize: Annotated[bool, 'take the centre square of images that are not 32×32'] = False
-    quick: Annotated[bool, 'a quick look: a tenth of the images, at most 3 epochs, batches of at most 64'] = False
+    quick: Annotated[bool, 'a quick look: a tenth of the images, 3 epochs, batches of 64'] = False
     resume: Annotated[str, 'folder of an interrupted run to resume, under its own options'] = None
 
 
 def main(args: list[str] | None = None):
     """Run the experiment with the options of the command line, or of `args`."""
-    with one_line_errors('train_fastai.py'), join_processes(), Run(*parse_options(Options, args)) as run:
+    with one_line_errors('train_fastai.py'), join_processes(), Run(parse_options(Options, args)) as run:
         experiment(run)
 
 

@@ -6,12 +6,13 @@ from fastai.vision.all import *
 
 from lab import figures
 from lab.errors import RunError
-from lab.evaluate import get_log_probs, per_class_scores
+from lab.evaluate import per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
+from lab.processes import alone
 from lab.report import percent, write_page, write_report
 from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, forecast, nonfatal, save_csv, save_state
-from lab.speed import device_name, unwrap
+from lab.speed import device_name, fast, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
 
@@ -36,20 +37,20 @@ def list_augmentations(dls: DataLoaders) -> list[str]:
             if tfm.split_idx == 0 or isinstance(tfm, RandTransform)]
 
 
+@alone()
 def describe_recipe(learn: Learner) -> dict:
     """What the report says of the recipe, read from what `learn` really has."""
     def name(o) -> str: return getattr(o, '__name__', type(o).__name__)
     model, opt = unwrap(learn.model), getattr(learn.opt_func, 'func', learn.opt_func)
     if isinstance(learn.opt, OptimWrapper): opt = type(learn.opt.opt)
-    layers = {f'{at}: {name(type(m))}': m for at, m in model.named_modules() if not has_children(m)}
     blank = torch.zeros(1, 3, SIZE, SIZE, device=one_param(model).device)
-    with torch.no_grad(), hook_outputs(layers.values(), cpu=True) as hooks: model.eval()(blank)
+    with learn.no_bar(): layers = layer_info(learn, blank)
     return dict(network=name(type(model)), last_stage=name(type(last(model.modules()))), loss=name(learn.loss_func),
                 label_smoothing=getattr(learn.loss_func, 'label_smoothing', 0.), optimizer=name(opt),
                 wd=learn.opt.hypers[-1].get('wd', 0.), ema=nested_attr(learn, 'weight_average.decay', 0.),
                 augmentation=list_augmentations(learn.dls),
-                layers=[(layer, ' × '.join(map(str, out.shape[1:])), total_params(m)[0])  # output of one image
-                        for (layer, m), out in zip(layers.items(), hooks.stored, strict=True) if out is not None])
+                layers=[(kind, ' × '.join(map(str, shape[1:])), parameters or 0)  # output of one image
+                        for kind, parameters, _, shape, _ in filter(None, layers)])
 
 
 def find_commit() -> str | None:
@@ -91,29 +92,25 @@ def draw_training(run: Run, learn: Learner):
 
 
 def save_results(run: Run, learn: Learner):
-    """Write numbers, report, figures and then the weights, and print the outcome.
-
-    All results are of these weights. If a callback has changed them since the last test, they are tested here.
-    """
+    """Write numbers, report, figures and then the weights, and print the outcome. All are of the weights as they are."""
     if rank_distrib(): return
     dls, h, out, answers, model = learn.dls, learn.history, run.folder, learn.misclassified, unwrap(learn.model)
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
-    ds, device = dls.valid_ds, one_param(model).device
-    epoch = {digest: i for i, digest in enumerate(answers.digests, 1)}.get(digest_weights(model))  # the last one's
-    targets = tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
-    if epoch != len(h.rows) or answers.log_probs is None or not targets.equal(answers.targets):  # a loader may shuffle
-        answers.log_probs, answers.targets = get_log_probs(learn, get_images(ds, range_of(ds.items))), targets
-    log_probs, wrong = answers.log_probs, answers.table()
-    predicted, losses = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none')
-    classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(ds, wrong.index)
+    with alone(), fast(learn), learn.no_bar():
+        log_probs, targets = learn.get_preds(act=partial(F.log_softmax, dim=1, dtype=torch.float32))
+    answers.log_probs, answers.targets = log_probs, targets = log_probs.as_subclass(Tensor), targets.as_subclass(Tensor)
+    if not log_probs.isfinite().all(): raise RunError('the network gives no numbers; lower --lr-max')
+    predicted, losses, wrong = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none'), answers.table()
+    classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(dls.valid_ds, wrong.index)
+    digest, device = digest_weights(model), device_name(one_param(model).device)
     m = dict(
         parameters=total_params(model)[0], lr_min=run.lrs[0], lr_max=run.lrs[1], precision=run.precision,
-        epochs=len(h.rows), batch_size=dls.train.bs, seed=run.options.seed, device=device_name(device),
+        epochs=len(h.rows), batch_size=dls.train.bs, seed=run.options.seed, device=device,
         train_accuracy=h.rows[-1]['train_accuracy'], test_accuracy=accuracy(log_probs, targets).item(),
-        test_loss=losses.mean().item(), weights_of_epoch=epoch,
+        test_loss=losses.mean().item(), weights_of_epoch=last(i for i, o in enumerate(h.digests, 1) if o == digest),
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
         seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
-        test_images=len(ds), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
+        test_images=len(targets), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         recipe=describe_recipe(learn), options=vars(run.options))
     save_csv(out/'misclassified.csv', wrong)
@@ -125,8 +122,8 @@ def save_results(run: Run, learn: Learner):
     save_figure(run, 'confusion_matrix.png', figures.draw_confusions, targets, predicted, dls.vocab)
     save_figure(run, 'top_losses.png', figures.draw_top_losses, learn, losses)
     with nonfatal(out/'errors.html'):
-        x, = dls.valid.after_batch((TensorImage(images.to(device)),))
-        pairs = torch.stack([predicted, targets], 1)[wrong.index].to(device)
+        x, = dls.valid.after_batch((TensorImage(images.to(one_param(model).device)),))
+        pairs = torch.stack([predicted, targets], 1)[wrong.index].to(x.device)
         page = write_page(m, wrong, classes, images, out, grad_cam(model, x.as_subclass(Tensor), pairs))
         atomic_write(out/'errors.html', page.encode(errors='backslashreplace'))
     save_state(out/'model.pth', model.state_dict())  # last: a folder that has it is a finished run

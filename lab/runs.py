@@ -1,5 +1,4 @@
 """The folder of a run: its options, its lock, atomic writes, the checkpoint, and how it is resumed."""
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -15,8 +14,7 @@ from lab.processes import on_first
 from lab.sources import get_data, get_sample
 from lab.speed import FastFit, resolve_precision, unwrap
 
-QUICK = dict(epochs=3, bs=64)  # the most that a quick look has of each
-PLAIN = dict(wd=0.01, label_smoothing=0., ema=0.)  # fastai's defaults
+PRESETS = dict(quick=dict(epochs=3, bs=64), plain=dict(wd=0.01, label_smoothing=0., ema=0.))  # plain: as fastai
 CHECKPOINT = 'checkpoint.pth'
 
 
@@ -33,8 +31,9 @@ def atomic_write(file: Path, content: bytes):
 
 
 def save_csv(file: Path, table: pd.DataFrame):
-    """Write the `table` as CSV, atomically."""
-    atomic_write(file, table.to_csv(index=False, lineterminator='\n').encode(errors='backslashreplace'))
+    """Write the `table` as CSV, atomically; if that fails, one line on stderr says so."""
+    with nonfatal(file):
+        atomic_write(file, table.to_csv(index=False, lineterminator='\n').encode(errors='backslashreplace'))
 
 
 def save_state(file: Path, state: dict):
@@ -151,10 +150,9 @@ class Checkpoint(TrainingCallback):
         self.save_tables()
 
     def save_tables(self):
-        """Write history.csv and schedule.csv."""
-        for name, rows, columns in (('history.csv', self.history.rows, self.history.columns),
-                                    ('schedule.csv', self.history.schedule, ('batch', 'lr', 'momentum'))):
-            with nonfatal(file := self.of.folder/name): save_csv(file, pd.DataFrame(rows, columns=columns))
+        h, folder = self.history, self.of.folder
+        save_csv(folder/'history.csv', pd.DataFrame(h.rows, columns=h.columns))
+        save_csv(folder/'schedule.csv', pd.DataFrame(h.schedule, columns=['batch', 'lr', 'momentum']))
 
     def restore(self, model, opt, grads, states, plan, train_iter, epochs_done, **_) -> int:
         """Put back everything that `save` has stored; return how many epochs of the fit were done."""
@@ -172,70 +170,61 @@ class Checkpoint(TrainingCallback):
         return epochs_done
 
 
-def parse_options(cls: type, args: list[str] | None = None) -> tuple[Any, bool]:
-    """The command line, or `args`, as a `cls`, and whether it is bare, but for --out. Raises `InputError`."""
-    names, not_given = vars(cls()), object()  # argparse puts no default over a value
-    parsed = vars(anno_parser(cls).parse_args(args, argparse.Namespace(**dict.fromkeys(names, not_given))))
-    given = {name: parsed[name] for name in names if parsed[name] is not not_given}
-    for leader, others in (('resume', names.keys() - {'data', 'resume'}), ('plain', PLAIN)):
-        if leader in given and (refused := given.keys() & others):
-            raise InputError(f'--{min(refused).replace("_", "-")} does not go with --{leader}, which has its own')
-    return cls(**given), given.keys() <= {'out'}
+def parse_options(cls: type, args: list[str] | None = None) -> Any:
+    """The command line, or `args`, as a `cls`; what a preset gives can still be chosen. Raises `InputError`."""
+    parser, names = anno_parser(cls), vars(cls()).keys()
+    parser.set_defaults(**dict.fromkeys(names))  # None is what was not given
+    given = {k: v for k, v in vars(parser.parse_args(args)).items() if k in names and v is not None}
+    if 'resume' in given and (refused := given.keys() - {'data', 'resume'}):
+        raise InputError(f'--{min(refused).replace("_", "-")} does not go with --resume; a run keeps its own options')
+    return cls(**merge(*(PRESETS[k] for k in given.keys() & PRESETS.keys()), given))
 
 
 def check_options(o):
     """Raise `InputError` for the first option of `o`, an `Options`, that is out of its range."""
-    processes, lr_max = max(num_distrib(), 1), o.lr_max or 1e3
+    lr_max = o.lr_max or 1e3
     for name, low, high in (
             ('epochs', 1, 10**6), ('bs', 1, 10**6), ('seed', 0, 2**32 - 1), ('lr_max', 1e-12, 1e3),
             ('lr_min', 1e-12, lr_max), ('lr_end', 1e-12, lr_max), ('wd', 0, 1e3), ('label_smoothing', 0, 0.99),
             ('ema', 0, 0.9999)):
         if (value := getattr(o, name)) is not None and not low <= value <= high:
             raise InputError(f'--{name.replace("_", "-")} {value} is not in {low} … {high}')
-    if [o.lr_min, o.lr_max].count(None) == 1: raise InputError('--lr-min and --lr-max go together: give both or none')
-    if o.bs % processes: raise InputError(f'--bs {o.bs} is not a multiple of {processes}, the number of processes')
-
-
-def limit_to_quick_look(o):
-    """The options `o` of a quick look, which takes minutes."""
-    print('A quick look: one image in ten, at most 3 epochs, batches of at most 64. It says nothing about the recipe.')
-    return dataclasses.replace(o, quick=True, **{k: min(getattr(o, k), limit) for k, limit in QUICK.items()})
+    if (o.lr_min is None) != (o.lr_max is None):
+        raise InputError('--lr-min and --lr-max go together: give both or none')
+    if o.bs % max(num_distrib(), 1): raise InputError(f'--bs {o.bs} is not a multiple of the {num_distrib()} processes')
 
 
 class Run(contextlib.AbstractContextManager):
     """Context manager for one run: locks its folder and, on interruption, says how to resume.
 
     `o` is an `Options`. With `o.resume`, the folder of an interrupted run, all come from that run, except `data` if it
-    has moved. A `bare` run may turn into a quick look where CIFAR-10 cannot be had. Raises `InputError`.
+    has moved. With the default options, a run may turn into a quick look where CIFAR-10 cannot be had. Raises
+    `InputError`.
     """
 
-    def __init__(self, o, bare: bool = False):
+    def __init__(self, o):
         self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
         self.saver = Checkpoint(self)  # one for all fits, which it counts
-        self.bare = bare and num_distrib() < 2
         self.folder = Path(o.resume or o.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
         self.resumes = bool(o.resume)
         self.check_folder()
-        if o.data: o = dataclasses.replace(o, data=str(Path(o.data).absolute()))  # to be resumed from anywhere
+        moved = dict(data=str(Path(o.data).absolute())) if o.data else {}  # to be resumed from anywhere
         if self.resumes:
             self.state = load_state(self.folder/CHECKPOINT)
             if not isinstance(s := self.state, dict) or 'states' not in s or s['options'].keys() != vars(o).keys():
                 raise InputError(f'{self.folder/CHECKPOINT} was not written by this version of the program')
-            self.start -= self.state['seconds_total']
-            o = type(o)(**self.state['options'] | (dict(data=o.data) if o.data else {}))
-        o = dataclasses.replace(o, out=None, resume=None, **PLAIN if o.plain else {})
+            self.start -= s['seconds_total']
+            o = type(o)(**s['options'])
         check_options(o)
-        self.options = limit_to_quick_look(o) if o.quick and not self.state else o
+        self.options = dataclasses.replace(o, **moved, out=None, resume=None)
         self.precision = self.state.get('precision') or resolve_precision(o.precision, default_device())
         self.lrs = self.state.get('lrs') or ((o.lr_min, o.lr_max) if o.lr_min else None)
 
     def check_folder(self):
-        """Raise `InputError` if the folder of a new run holds one, or that of another none that can be resumed."""
+        """Raise `InputError` if the folder holds a finished run, or, for a new one, any run."""
         if rank_distrib(): return
         if (self.folder/'model.pth').exists():
             raise InputError(f'{self.folder} holds a finished run; choose another folder')
-        if self.resumes and not (self.folder/CHECKPOINT).exists():
-            raise InputError(f'{self.folder} holds no {CHECKPOINT} to resume; start a run without --resume')
         if not self.resumes and any((self.folder/name).exists() for name in (CHECKPOINT, 'metrics.json')):
             raise InputError(f'{self.folder} already holds a run; choose another folder, or resume it with: '
                              f'{self.command(resume=self.folder)}')
@@ -243,13 +232,12 @@ class Run(contextlib.AbstractContextManager):
     def locate_images(self) -> dict:
         """The arguments of `get_dls`; a quick look takes the sample, or a tenth of `data`. Raises `InputError`."""
         o = self.options
-        try: path = get_sample() if o.quick and o.data is None else on_first(get_data, o.data)
+        try: path = get_sample() if o.quick and not o.data else on_first(get_data, o.data)
         except InputError as e:
-            if not self.bare:
-                if not (o.data or o.quick): e.add_note('or add --quick, which needs no network')
-                raise
+            if self.resumes or o != type(o)() or num_distrib() > 1: raise
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
-            self.options, path = (o := limit_to_quick_look(o)), get_sample()
+            self.options, path = (o := type(o)(quick=True, **PRESETS['quick'])), get_sample()
+        if o.quick: print('A quick look: one image in ten, few epochs, small batches. It says nothing about the recipe.')
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
 
     def claim_folder(self, dls: DataLoaders):
@@ -281,9 +269,7 @@ class Run(contextlib.AbstractContextManager):
 
     def command(self, **options) -> str:
         """The command line with these `options`, or with all of the run that are not the default."""
-        if not options:
-            usual = vars(type(self.options)()) | (PLAIN if self.options.plain else {})
-            options = {k: v for k, v in vars(self.options).items() if v != usual[k]}
+        options = options or {k: v for k, v in vars(self.options).items() if v != getattr(type(self.options), k)}
         launch = f'accelerate launch --multi_gpu --num_processes {num_distrib()}' if num_distrib() > 1 else 'python'
         return shlex.join([*launch.split(), 'train_fastai.py', *(o for k, v in options.items() for o in (
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])

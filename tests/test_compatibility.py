@@ -65,7 +65,7 @@ def test_a_stock_learner_takes_our_parts(tmp_path, within, habit):
     assert all(0 < row['train_loss'] < 2 and 0 <= row['test_accuracy'] <= 1 for row in learn.history.rows)
     assert len(learn.history.schedule) == 8
     assert learn.misclassified.log_probs.shape == (64, 3)
-    assert learn.misclassified.digests[1] == digest_weights(learn.model), 'not the averages that were tested'
+    assert learn.history.digests[1] == digest_weights(learn.model), 'not the averages that were tested'
 
 
 def test_loaders_and_targets_of_other_kinds(dls, tmp_path):

@@ -103,12 +103,12 @@ def test_a_run_that_only_lacks_results_is_finished(folder, run, tmp_path, capsys
         m.setattr(results, 'write_page', lambda *_: interrupt())
         line = ends(capsys, 130, main, data=folder, out=out, **SIX_EPOCHS)
     assert line == f'interrupted; resume it with: python train_fastai.py --resume {out}\n'
-    (out/'classes.csv').unlink()
-    (out/'classes.csv').mkdir()
+    (out/'report.md').unlink()
+    (out/'report.md').mkdir()
     line = ends(capsys, 1, main, resume=out)
     assert line.endswith(f'once that is fixed, resume it with: python train_fastai.py --resume {out}\n')
     assert not (out/'model.pth').exists()
-    (out/'classes.csv').rmdir()
+    (out/'report.md').rmdir()
     main(args(resume=out))
     assert differences(run, out) == []
 

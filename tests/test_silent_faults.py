@@ -6,7 +6,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import SIX_EPOCHS, args, disturbed, interrupt, read_metrics
+from conftest import SIX_EPOCHS, Spoil, args, disturbed, interrupt, read_metrics
 from fastai.vision import all as fv
 from fastai.vision.all import Callback, CancelFitException, CSVLogger, SaveModelCallback, error_rate
 from kill import differences
@@ -120,6 +120,12 @@ def test_a_fit_that_ends_early(options, folder, capsys, cbs, batches):
 def test_a_fit_that_ends_before_its_first_epoch(options):
     with disturbed(cancel_fit, 0), pytest.raises(RunError, match='before its first epoch'):
         experiment(one_cycle(), **options)
+
+
+def test_a_fit_that_a_callback_ends_for_its_loss(options):
+    cbs = partial(Spoil, True, 3, 1), fv.TerminateOnNaNCallback
+    with pytest.raises(RunError, match='gives no numbers; lower --lr-max'): experiment(one_cycle(*cbs), **options)
+    assert not (options['out']/'model.pth').exists()
 
 
 def find_between(learn, checkpoint):

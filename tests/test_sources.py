@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10
 from lab import sources
 from lab.errors import InputError
 from lab.loader import decode_images, image_files
-from lab.runs import Run
+from lab.runs import PRESETS, Run
 from lab.sources import get_data, get_sample
 from train_fastai import Options, PadCrop, get_dls, get_learner, main
 
@@ -193,7 +193,7 @@ def test_the_sample_is_a_tenth_of_cifar10(sample):
 def test_bare_command_without_a_network_is_a_quick_look(small_sample, tmp_path, capsys, monkeypatch, no_pictures):
     """To its end, and the result says so."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('lab.runs.QUICK', dict(epochs=2, bs=8))
+    monkeypatch.setitem(PRESETS, 'quick', dict(epochs=2, bs=8))
     monkeypatch.setattr('train_fastai.find_lrs', lambda _, **__: (1e-4, 1e-3))
     monkeypatch.setattr('train_fastai.save_finder', lambda *_: None)
     main([])
