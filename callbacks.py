@@ -1,4 +1,4 @@
-"""What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights, NaN."""
+"""What watches or steers training: LR of every batch, misclassified images, seeds, averaged weights."""
 from fastai.vision.all import *
 
 from lab.errors import RunError
@@ -30,7 +30,8 @@ class History(TrainingCallback):
     """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
     Figures are means over an epoch's batches as trained on, and over the test's, not smoothed. A row's `seconds` are
-    those of the epoch with its test; `seconds_training` leaves the tests out. `digests` tell of the weights of each row.
+    those of the epoch with its test; `seconds_training` leaves the tests out. `digests` are of the weights of each row.
+    Raises `RunError` after an epoch whose training loss was not finite.
     """
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
@@ -61,6 +62,9 @@ class History(TrainingCallback):
     def after_train(self):
         self.seconds_training += time.perf_counter() - self.start
         self.trained = self.means()
+        if not math.isfinite(self.trained[0]):
+            raise RunError(f'the loss was not finite in epoch {self.epoch + 1}; lower --lr-max (the rate is '
+                           f'{self.opt.hypers[-1]["lr"]:.2e})')
 
     def after_validate(self):
         if self.trained is None: return
@@ -98,16 +102,6 @@ class Misclassified(TrainingCallback):
             predicted=vocab[predicted], probability=log_prob.exp(),
             loss=F.nll_loss(self.log_probs, self.targets, reduction='none')))
         return table[(predicted != self.targets).numpy()].sort_values('loss', ascending=False, kind='stable')
-
-
-class StopOnNaN(TrainingCallback):
-    """Ends a fit by `RunError` after an epoch whose training loss, as `History` has it, was not finite."""
-    order = History.order + 1
-
-    def after_train(self):
-        if math.isfinite(self.history.trained[0]): return
-        raise RunError(f'the loss was not finite in epoch {self.epoch + 1}; lower --lr-max (the rate is '
-                       f'{self.opt.hypers[-1]["lr"]:.2e})')
 
 
 class WeightAverage(TrainingCallback):

@@ -23,7 +23,7 @@ from fastai.vision.all import *
 from torchvision.transforms.v2 import functional as TF
 
 from arch import ResNet
-from callbacks import History, Misclassified, SeedEpochs, StopOnNaN, WeightAverage
+from callbacks import History, Misclassified, SeedEpochs, WeightAverage
 from lab.errors import InputError, RunError, one_line_errors
 from lab.loader import Augmentation, BatchDL, CenterResize, RGBImage, cache_images, image_files
 from lab.optim import CrossEntropy, FusedAdam
@@ -112,7 +112,7 @@ def get_learner(dls: DataLoaders, model: nn.Module | Callable | None = None, opt
     precision = resolve_precision(precision, device)
     with no_random(seed, reproducible=False):
         if not isinstance(model, nn.Module): model = model() if model else ResNet(3, len(dls.vocab))
-    cbs = [SeedEpochs(seed), History(), Misclassified(), StopOnNaN()]
+    cbs = [SeedEpochs(seed), History(), Misclassified()]
     if ema: cbs.append(WeightAverage(ema))
     if precision != 'fp32': cbs.append(Precision(precision))
     return Learner(dls, model.to(device), loss_func=CrossEntropy(label_smoothing=label_smoothing), opt_func=opt_func,

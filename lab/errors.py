@@ -23,19 +23,14 @@ def one_line(e: BaseException) -> str:
     return ' '.join(str(e).split()) or type(e).__name__
 
 
-def terminate(*_):
-    """Handle SIGTERM like Ctrl-C, with its own exit code."""
-    raise KeyboardInterrupt(143)
-
-
 @contextlib.contextmanager
 def one_line_errors(program: str):
-    """End `program` with one line on stderr: exit code 2 for bad input, 1 for a failure, 130 or 143 for a signal.
+    """End `program` with one line on stderr: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C and SIGTERM.
 
     Hints that were added to an error with `add_note` end the line. If stdout is closed (`| head`), the exit code is
     141. An unforeseen error is a traceback, as Python prints it.
     """
-    if not IN_IPYTHON: signal.signal(signal.SIGTERM, terminate)
+    if not IN_IPYTHON: signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     for stream in (sys.stdout, sys.stderr): getattr(stream, 'reconfigure', noop)(errors='replace')  # editors' lack it
     try:
         yield
@@ -44,7 +39,7 @@ def one_line_errors(program: str):
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for what Python flushes at exit
         sys.exit(141)
     except (KeyboardInterrupt, InputError, RunError) as e:
-        message, code = f'error: {e}', 2 if isinstance(e, InputError) else 1
-        if isinstance(e, KeyboardInterrupt): message, code = 'interrupted', (*e.args, 130)[0]
-        print(f'{program}: {"; ".join([message, *getattr(e, "__notes__", [])])}', file=sys.stderr)
-        sys.exit(code)
+        interrupted = isinstance(e, KeyboardInterrupt)
+        message = '; '.join(['interrupted' if interrupted else f'error: {e}', *getattr(e, '__notes__', [])])
+        print(f'{program}: {message}', file=sys.stderr)
+        sys.exit(130 if interrupted else 2 if isinstance(e, InputError) else 1)

@@ -11,7 +11,7 @@ from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.processes import alone
 from lab.report import percent, write_page, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, forecast, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, nonfatal, save_csv, save_state
 from lab.speed import device_name, fast, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -77,7 +77,8 @@ def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds:
     if show_progress(): print()  # the finder stops within an epoch, and its bar stays
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3  # forward passes alone take a third
-    forecast(run.options.epochs, run.options.epochs * batches * seconds / len(curve))
+    hours, minutes = divmod(max(1, round(run.options.epochs * batches * seconds / len(curve) / 60)), 60)
+    print(f'{run.options.epochs} epochs will take about {hours} h {minutes} min at this pace.', flush=True)
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 
@@ -92,7 +93,7 @@ def draw_training(run: Run, learn: Learner):
 
 
 def save_results(run: Run, learn: Learner):
-    """Write numbers, report, figures and then the weights, and print the outcome. All are of the weights as they are."""
+    """Write numbers, report, figures and then the weights, all of the weights as they are, and print the outcome."""
     if rank_distrib(): return
     dls, h, out, answers, model = learn.dls, learn.history, run.folder, learn.misclassified, unwrap(learn.model)
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')

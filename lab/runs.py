@@ -83,13 +83,6 @@ def get_state(o: Any) -> dict:
     return state
 
 
-def forecast(epochs: int, seconds: float):
-    """Say what `epochs` will take."""
-    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
-    about = f'{hours} h {minutes} min' if hours else f'{minutes} min'
-    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
-
-
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
     order = Recorder.order + 1
@@ -103,7 +96,7 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of these epochs. After one epoch it says how long the rest will take.
+    epochs of it, and no other callback hears of these epochs.
     """
     order = 1000  # last: trackers have their new state
 
@@ -133,10 +126,9 @@ class Checkpoint(TrainingCallback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
+        done = self.epoch + 1
         if done == self.skip: self.learn.cbs = self.cbs_then
         if done > self.skip: self.save(done)
-        if done == self.skip + 1 and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
 
     def save(self, epochs_done: int):
         """Write the checkpoint, and the tables so far."""
@@ -203,13 +195,17 @@ class Run(contextlib.AbstractContextManager):
     """
 
     def __init__(self, o):
-        self.start, self.state, self.stack = time.perf_counter(), {}, contextlib.ExitStack()
+        self.start, self.state = time.perf_counter(), {}
         self.saver = Checkpoint(self)  # one for all fits, which it counts
         self.folder = Path(o.resume or o.out or f'{datetime.now():runs/%Y-%m-%d-%H%M%S-%f}')
-        self.resumes = bool(o.resume)
-        self.check_folder()
+        self.lock = FileLock(self.folder/'.lock', timeout=0)
+        if (self.folder/'model.pth').exists():
+            raise InputError(f'{self.folder} holds a finished run; choose another folder')
+        if not o.resume and any((self.folder/name).exists() for name in (CHECKPOINT, 'metrics.json')):
+            raise InputError(f'{self.folder} already holds a run; choose another folder, or resume it with: '
+                             f'{self.command(resume=self.folder)}')
         moved = dict(data=str(Path(o.data).absolute())) if o.data else {}  # to be resumed from anywhere
-        if self.resumes:
+        if o.resume:
             self.state = load_state(self.folder/CHECKPOINT)
             if not isinstance(s := self.state, dict) or 'states' not in s or s['options'].keys() != vars(o).keys():
                 raise InputError(f'{self.folder/CHECKPOINT} was not written by this version of the program')
@@ -220,24 +216,15 @@ class Run(contextlib.AbstractContextManager):
         self.precision = self.state.get('precision') or resolve_precision(o.precision, default_device())
         self.lrs = self.state.get('lrs') or ((o.lr_min, o.lr_max) if o.lr_min else None)
 
-    def check_folder(self):
-        """Raise `InputError` if the folder holds a finished run, or, for a new one, any run."""
-        if rank_distrib(): return
-        if (self.folder/'model.pth').exists():
-            raise InputError(f'{self.folder} holds a finished run; choose another folder')
-        if not self.resumes and any((self.folder/name).exists() for name in (CHECKPOINT, 'metrics.json')):
-            raise InputError(f'{self.folder} already holds a run; choose another folder, or resume it with: '
-                             f'{self.command(resume=self.folder)}')
-
     def locate_images(self) -> dict:
         """The arguments of `get_dls`; a quick look takes the sample, or a tenth of `data`. Raises `InputError`."""
         o = self.options
         try: path = get_sample() if o.quick and not o.data else on_first(get_data, o.data)
         except InputError as e:
-            if self.resumes or o != type(o)() or num_distrib() > 1: raise
+            if self.state or o != type(o)() or num_distrib() > 1: raise
             print(f'{e}. Until then, this is a quick look at the sample that comes with the program.')
             self.options, path = (o := type(o)(quick=True, **PRESETS['quick'])), get_sample()
-        if o.quick: print('A quick look: one image in ten, few epochs, small batches. It says nothing about the recipe.')
+        if o.quick: print('A quick look: one image in ten, few epochs, small batches. It tells nothing of the recipe.')
         return dict(path=path, bs=o.bs, every=10 if o.quick and o.data else 1, resize=o.resize)
 
     def claim_folder(self, dls: DataLoaders):
@@ -246,18 +233,14 @@ class Run(contextlib.AbstractContextManager):
         if self.state.get('fingerprint', self.fingerprint) != self.fingerprint:
             raise InputError(f'these are not the images that the run in {self.folder} was trained on')
         if rank_distrib(): return
-        lock = self.folder/'.lock'
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.stack.enter_context(FileLock(lock, timeout=0))
+            self.lock.acquire()
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of NFS and FUSE
                 raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
             print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
-        self.stack.enter_context(contextlib.suppress(OSError))
-        self.stack.callback(lock.unlink)  # while it is held: nobody else is in
-        self.check_folder()  # once more: until here another process could have finished the same run
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
         """The callback that saves the run, one for all its fits, at these rates. Raises `InputError`."""
@@ -275,7 +258,7 @@ class Run(contextlib.AbstractContextManager):
             f'--{k.replace("_", "-")}', *([] if v is True else [str(v)])))])
 
     def __exit__(self, kind, e: BaseException | None, traceback):
-        self.stack.close()
+        self.lock.release()
         again = isinstance(e, InputError) or isinstance(e, RunError) and not isinstance(e.__cause__, OSError)
         if e is None or again: return  # it would only happen again
         resumable = (self.folder/CHECKPOINT).exists()

@@ -11,7 +11,7 @@ import torch
 from fastai.vision import all as fv
 from fastai.vision.all import L, Learner, nn
 
-from callbacks import History, Misclassified, SeedEpochs, StopOnNaN, WeightAverage
+from callbacks import History, Misclassified, SeedEpochs, WeightAverage
 from lab.optim import CrossEntropy, FusedAdam
 from lab.runs import digest_weights
 from lab.speed import fast
@@ -55,7 +55,7 @@ def test_a_stock_learner_takes_our_parts(tmp_path, within, habit):
     fv.set_seed(0)
     dl = fv.TfmdDL(L(zip(torch.randn(64, 4), torch.arange(64) % 3, strict=True)), bs=16, num_workers=0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    ours = [SeedEpochs(1), History(), Misclassified(), StopOnNaN(), WeightAverage(0.9)]
+    ours = [SeedEpochs(1), History(), Misclassified(), WeightAverage(0.9)]
     learn = Learner(fv.DataLoaders(dl, dl, device='cpu'), model, path=tmp_path, **dict(
         loss_func=CrossEntropy(label_smoothing=0.1), opt_func=FusedAdam, metrics=fv.accuracy) | kwargs
         | dict(cbs=[*ours, *L(kwargs.get('cbs'))]))
@@ -78,7 +78,7 @@ def test_loaders_and_targets_of_other_kinds(dls, tmp_path):
     assert 0 < find_lrs(learn)[0] < 10
     numbers = fv.TfmdDL(L(zip(x[:, 0, 0, :1], x[:, 0, 0, 1:2], strict=True)), bs=4, num_workers=0)
     regression = Learner(fv.DataLoaders(numbers, numbers, device='cpu'), nn.Linear(1, 1), loss_func=fv.MSELossFlat(),
-                         opt_func=FusedAdam, cbs=[History(), StopOnNaN(), WeightAverage(0.9)], path=tmp_path)
+                         opt_func=FusedAdam, cbs=[History(), WeightAverage(0.9)], path=tmp_path)
     regression.fit(1)
     assert regression.history.rows[0]['test_loss'] == pytest.approx(regression.validate()[0])
 

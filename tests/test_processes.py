@@ -90,5 +90,5 @@ def test_two_processes_learn_as_one_from_the_whole_batch(two, images, tmp_path, 
 
 def test_a_batch_that_cannot_be_shared_out(monkeypatch):
     monkeypatch.setattr(runs, 'num_distrib', lambda: 2)
-    with pytest.raises(InputError, match='--bs 15 is not a multiple of 2, the number of processes'):
+    with pytest.raises(InputError, match='--bs 15 is not a multiple of the 2 processes'):
         runs.Run(Options(bs=15))

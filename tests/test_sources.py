@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ends, make_folder, read_metrics
+from conftest import args, ends, make_folder, read_metrics
 from fastai.vision import all as fv
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10
 from lab import sources
 from lab.errors import InputError
 from lab.loader import decode_images, image_files
-from lab.runs import PRESETS, Run
+from lab.runs import PRESETS, Run, parse_options
 from lab.sources import get_data, get_sample
 from train_fastai import Options, PadCrop, get_dls, get_learner, main
 
@@ -106,7 +106,7 @@ def test_failed_download_is_one_line_and_leaves_nothing(server, home, tmp_path, 
     whole, lost = (archive := server.files/'cifar10.tgz').read_bytes(), fault == 'the connection is lost'
     if lost: server.n = 1000
     else: archive.write_bytes(whole[:1000] if fault == 'it is half' else b'<html>')
-    message = ends(capsys, 2, main, epochs=24, out=tmp_path/'out')
+    message = ends(capsys, 2, main, epochs=23, out=tmp_path/'out')
     assert re.search(r'CIFAR-10 could not be read \(cifar10: .*; or add --quick, which needs no network', message)
     assert (listing(home), (tmp_path/'out').exists()) == ([], False)
     with pytest.raises(InputError): get_data()
@@ -206,7 +206,7 @@ def test_bare_command_without_a_network_is_a_quick_look(small_sample, tmp_path, 
 
 
 def test_quick_look_takes_all_of_the_sample_else_a_tenth(small_sample, folder):
-    def images(**options): return Run(Options(quick=True, out='none', **options)).locate_images()
+    def images(**options): return Run(parse_options(Options, args(quick=True, out='none', **options))).locate_images()
     assert images(data=str(folder)) == dict(path=folder, bs=64, every=10, resize=False)
     assert images() == dict(path=get_sample(), bs=64, every=1, resize=False)
     assert images(bs=8, resize=True) == dict(path=get_sample(), bs=8, every=1, resize=True)

