@@ -2,7 +2,7 @@
 from fastai.vision.all import *
 
 from lab.errors import RunError
-from lab.runs import TrainingCallback, digest_weights
+from lab.runs import TrainingCallback
 from lab.speed import unwrap
 
 
@@ -30,13 +30,13 @@ class History(TrainingCallback):
     """Records training: `rows`, a dict per epoch, and `schedule`, the LR and momentum of every training batch.
 
     Figures are means over an epoch's batches as trained on, and over the test's, not smoothed. A row's `seconds` are
-    those of the epoch with its test; `seconds_training` leaves the tests out. `digests` are of the weights of each row.
+    those of the epoch with its test; `seconds_training` leaves the tests out.
     Raises `RunError` after an epoch whose training loss was not finite.
     """
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self):
-        self.rows, self.schedule, self.digests, self.seconds_training = [], [], [], 0.
+        self.rows, self.schedule, self.seconds_training = [], [], 0.
         self.start = self.trained = None  # outside of an epoch, and before its training has ended
 
     def before_fit(self):
@@ -70,7 +70,6 @@ class History(TrainingCallback):
         if self.trained is None: return
         row = len(self.rows) + 1, *self.trained, *self.means(), time.perf_counter() - self.start
         self.rows.append(dict(zip(self.columns, row, strict=True)))
-        self.digests.append(digest_weights(self.model))
         self.start = self.trained = None
 
     def train_accuracy(self) -> float: return self.trained[1] if self.trained else math.nan

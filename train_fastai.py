@@ -18,7 +18,6 @@ import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastai.callback.schedule import valley
 from fastai.vision.all import *
 from torchvision.transforms.v2 import functional as TF
 

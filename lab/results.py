@@ -11,7 +11,7 @@ from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.processes import alone
 from lab.report import percent, write_page, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, digest_weights, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, nonfatal, save_csv, save_state
 from lab.speed import device_name, fast, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -103,12 +103,11 @@ def save_results(run: Run, learn: Learner):
     if not log_probs.isfinite().all(): raise RunError('the network gives no numbers; lower --lr-max')
     predicted, losses, wrong = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none'), answers.table()
     classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(dls.valid_ds, wrong.index)
-    digest, device = digest_weights(model), device_name(one_param(model).device)
     m = dict(
         parameters=total_params(model)[0], lr_min=run.lrs[0], lr_max=run.lrs[1], precision=run.precision,
-        epochs=len(h.rows), batch_size=dls.train.bs, seed=run.options.seed, device=device,
+        epochs=len(h.rows), batch_size=dls.train.bs, seed=run.options.seed, device=device_name(one_param(model).device),
         train_accuracy=h.rows[-1]['train_accuracy'], test_accuracy=accuracy(log_probs, targets).item(),
-        test_loss=losses.mean().item(), weights_of_epoch=last(i for i, o in enumerate(h.digests, 1) if o == digest),
+        test_loss=losses.mean().item(),
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
         seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
         test_images=len(targets), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),

@@ -5,7 +5,6 @@ import errno
 import shlex
 
 from fastai.vision.all import *
-from fastcore.script import anno_parser
 from filelock import FileLock, Timeout
 
 from lab.errors import InputError, RunError, one_line
@@ -48,13 +47,6 @@ def load_state(file: Path) -> dict:
     except OSError as e: raise InputError(f'{file} cannot be read ({e.strerror})') from e
     except Exception as e:
         raise InputError(f'{file} is damaged, or holds more than weights and plain values; it was not opened') from e
-
-
-def digest_weights(model: nn.Module) -> str:
-    """A digest of the weights and statistics of `model`, whatever their memory layout."""
-    digest = hashlib.sha256()
-    for t in unwrap(model).state_dict().values(): digest.update(t.cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
