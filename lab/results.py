@@ -107,10 +107,10 @@ def save_results(run: Run, learn: Learner):
         parameters=total_params(model)[0], lr_min=run.lrs[0], lr_max=run.lrs[1], precision=run.precision,
         epochs=len(h.rows), batch_size=dls.train.bs, seed=run.options.seed, device=device_name(one_param(model).device),
         train_accuracy=h.rows[-1]['train_accuracy'], test_accuracy=accuracy(log_probs, targets).item(),
-        test_loss=losses.mean().item(),
+        test_loss=losses.mean().item(), train_images=len(dls.train_ds), test_images=len(targets),
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
-        seconds_training=h.seconds_training, seconds_total=run.seconds(), train_images=len(dls.train_ds),
-        test_images=len(targets), classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
+        seconds_training=h.seconds_training, seconds_total=time.perf_counter() - run.start,
+        classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},
         recipe=describe_recipe(learn), options=vars(run.options))
     save_csv(out/'misclassified.csv', wrong)

@@ -123,11 +123,10 @@ class Checkpoint(TrainingCallback):
         if done > self.skip: self.save(done)
 
     def save(self, epochs_done: int):
-        """Write the checkpoint, and the tables so far."""
         model, run = unwrap(self.model), self.of
         save_state(run.folder/CHECKPOINT, plain(dict(
             lrs=run.lrs, precision=run.precision, fingerprint=run.fingerprint, options=vars(run.options),
-            seconds_total=run.seconds(), fits=self.fits, plan=self.plan(), epochs_done=epochs_done,
+            seconds_total=time.perf_counter() - run.start, fits=self.fits, plan=self.plan(), epochs_done=epochs_done,
             model=model.state_dict(), opt=self.opt.state_dict(), train_iter=self.learn.train_iter,
             grads={k: p.grad for k, p in model.named_parameters() if p.grad is not None and p.grad.any()},
             states=[get_state(o) for o in self.others()])))
@@ -201,7 +200,7 @@ class Run(contextlib.AbstractContextManager):
             self.state = load_state(self.folder/CHECKPOINT)
             if not isinstance(s := self.state, dict) or 'states' not in s or s['options'].keys() != vars(o).keys():
                 raise InputError(f'{self.folder/CHECKPOINT} was not written by this version of the program')
-            self.start -= s['seconds_total']
+            self.start -= s['seconds_total']  # interruptions are left out
             o = type(o)(**s['options'])
         check_options(o)
         self.options = dataclasses.replace(o, **moved, out=None, resume=None)
@@ -240,8 +239,6 @@ class Run(contextlib.AbstractContextManager):
         self.lrs = lr_min, lr_max
         return self.saver
 
-    def seconds(self) -> float: return time.perf_counter() - self.start  # interruptions left out
-
     def command(self, **options) -> str:
         """The command line with these `options`, or with all of the run that are not the default."""
         options = options or {k: v for k, v in vars(self.options).items() if v != getattr(type(self.options), k)}
@@ -254,5 +251,4 @@ class Run(contextlib.AbstractContextManager):
         again = isinstance(e, InputError) or isinstance(e, RunError) and not isinstance(e.__cause__, OSError)
         if e is None or again: return  # it would only happen again
         resumable = (self.folder/CHECKPOINT).exists()
-        hint = f'resume it with: {self.command(resume=self.folder)}' if resumable else 'nothing was trained yet'
-        e.add_note(hint if isinstance(e, KeyboardInterrupt) or not resumable else f'once that is fixed, {hint}')
+        e.add_note(f'resume it with: {self.command(resume=self.folder)}' if resumable else 'nothing was trained yet')

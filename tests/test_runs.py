@@ -97,7 +97,7 @@ def test_a_run_that_only_lacks_results_is_finished(folder, run, tmp_path, capsys
     (out/'report.md').unlink()
     (out/'report.md').mkdir()
     line = ends(capsys, 1, main, resume=out)
-    assert line.endswith(f'once that is fixed, resume it with: python train_fastai.py --resume {out}\n')
+    assert line.endswith(f'resume it with: python train_fastai.py --resume {out}\n')
     assert not (out/'model.pth').exists()
     (out/'report.md').rmdir()
     main(args(resume=out))
@@ -109,7 +109,7 @@ def test_an_unforeseen_error_says_how_to_resume(folder, tmp_path, no_pictures):
     def fail(): raise RuntimeError('CUDA error: an illegal memory access was encountered')
     with disturbed(fail, 0), pytest.raises(RuntimeError, match='illegal memory') as e:
         main(args(data=folder, out=out, **SIX_EPOCHS))
-    assert e.value.__notes__ == [f'once that is fixed, resume it with: python train_fastai.py --resume {out}']
+    assert e.value.__notes__ == [f'resume it with: python train_fastai.py --resume {out}']
 
 
 def test_kills_at_random_moments(folder, run, tmp_path, no_pictures):
