@@ -81,8 +81,7 @@ def get_dls(path: str | Path, bs: int = 512, every: int = 1, item_tfms: list | N
     with other item transforms, or with `num_workers`, images are augmented one by one and end at 32×32, too. Without
     folders for the two sets, `valid_pct` of every class become test images. Raises `InputError`.
     """
-    try: files = image_files(path, every, split=valid_pct is None)
-    except OSError as e: raise InputError(f'{e.filename} cannot be read ({e.strerror})') from e
+    files = image_files(path, every, split=valid_pct is None)
     if valid_pct is not None and not 0 < valid_pct < 1: raise InputError(f'valid_pct {valid_pct} is not in 0 … 1')
     item_tfms = [PadCrop(4), FlipLR(), Cutout(8)] if item_tfms is None else L(item_tfms)
     block = DataBlock(blocks=(ImageBlock(RGBImage), CategoryBlock), get_items=lambda _: files, get_y=parent_label,

@@ -28,7 +28,7 @@ def one_line_errors(program: str):
     """End `program` with one line on stderr: exit code 2 for bad input, 1 for a failure, 130 for Ctrl-C and SIGTERM.
 
     Hints that were added to an error with `add_note` end the line. If stdout is closed (`| head`), the exit code is
-    141. An unforeseen error is a traceback, as Python prints it.
+    141. An unforeseen error, other than of files, is a traceback, as Python prints it.
     """
     if not IN_IPYTHON: signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     for stream in (sys.stdout, sys.stderr): getattr(stream, 'reconfigure', noop)(errors='replace')  # editors' lack it
@@ -38,7 +38,7 @@ def one_line_errors(program: str):
     except BrokenPipeError:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115, for what Python flushes at exit
         sys.exit(141)
-    except (KeyboardInterrupt, InputError, RunError) as e:
+    except (KeyboardInterrupt, InputError, RunError, OSError) as e:
         interrupted = isinstance(e, KeyboardInterrupt)
         message = '; '.join(['interrupted' if interrupted else f'error: {e}', *getattr(e, '__notes__', [])])
         print(f'{program}: {message}', file=sys.stderr)

@@ -18,15 +18,13 @@ CHECKPOINT = 'checkpoint.pth'
 
 
 def atomic_write(file: Path, content: bytes):
-    """Replace `file` by `content`, whole or not at all; only rank 0 writes. Raises `RunError`, for a full disk, say."""
+    """Replace `file` by `content`, whole or not at all; only rank 0 writes. Raises `OSError`, for a full disk, say."""
     if rank_distrib(): return
     part = file.with_name(f'{file.name}.part')
     try:
         part.write_bytes(content)
         part.replace(file)
-    except OSError as e:
-        with contextlib.suppress(OSError): part.unlink()
-        raise RunError(f'{file}: {e.strerror}') from e
+    finally: part.unlink(missing_ok=True)
 
 
 def save_csv(file: Path, table: pd.DataFrame):
@@ -229,8 +227,7 @@ class Run(contextlib.AbstractContextManager):
             self.lock.acquire()
         except Timeout: raise InputError(f'{self.folder} is in use by another run') from None
         except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of NFS and FUSE
-                raise InputError(f'{self.folder} cannot be used for a run ({e.strerror})') from e
+            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP): raise  # these are of NFS and FUSE
             print(f'{self.folder} cannot be locked ({e.strerror}): start no other run in it', file=sys.stderr)
 
     def checkpoint(self, lr_min: float, lr_max: float) -> Checkpoint:
@@ -248,7 +245,6 @@ class Run(contextlib.AbstractContextManager):
 
     def __exit__(self, kind, e: BaseException | None, traceback):
         self.lock.release()
-        again = isinstance(e, InputError) or isinstance(e, RunError) and not isinstance(e.__cause__, OSError)
-        if e is None or again: return  # it would only happen again
+        if e is None or isinstance(e, InputError | RunError): return  # it would only happen again
         resumable = (self.folder/CHECKPOINT).exists()
         e.add_note(f'resume it with: {self.command(resume=self.folder)}' if resumable else 'nothing was trained yet')
