@@ -20,12 +20,11 @@ from torchvision.transforms import v2
 
 from arch import ResNet
 from lab.errors import InputError, one_line, one_line_errors
-from lab.evaluate import get_log_probs, list_confusions, per_class_scores
-from lab.loader import SIZE, BatchDL, CenterResize, RGBImage, decode_images, list_images, show_progress
-from lab.report import percent
+from lab.loader import SIZE, BatchDL, CenterResize, RGBImage, list_images, show_progress
+from lab.report import list_confusions, per_class_scores, percent
+from lab.results import get_log_probs
 from lab.runs import CHECKPOINT, atomic_write, load_state
 from lab.sources import get_data
-from lab.speed import fast
 from train_fastai import get_dls, get_learner
 
 EXPORTS = {'.onnx': 'onnxscript', '.pt2': 'torch', '.safetensors': 'safetensors'}  # the packages that write them
@@ -43,20 +42,17 @@ def load_run(run: str | Path, data: str | Path | None = None, model: nn.Module |
     if not (run/'model.pth').exists():
         raise InputError(f'{run} is not ' + (f'finished; finish it with: python train_fastai.py --resume {run}' if
                          (run/CHECKPOINT).exists() else 'the folder of a finished run, as docs/cifar10 is'))
+    weights = load_state(run/'model.pth')
     try:
         m = json.loads((run/'metrics.json').read_bytes())
         classes, precision, o = m['classes'], m['precision'], m['options']
         recipe, bs = {k: o[k] for k in ('wd', 'label_smoothing', 'ema', 'seed')}, o['bs']
         every = 10 if o['quick'] and o['data'] else 1  # the sample is a tenth already
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f'{run/"metrics.json"} cannot be used ({one_line(e)}); copy all of the run') from e
-    weights = load_state(run/'model.pth')
-    try:
         if model is None: model = ResNet(3, len(classes), width=len(weights['prep.0.weight']))
         model.load_state_dict(weights)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f'{run/"model.pth"} does not hold the weights of {type(model).__name__ if model else "ResNet"}'
-                         '; load_run(…, model=…) takes another network') from e
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as e:
+        raise InputError(f'{run} cannot be used ({one_line(e)[:100]}); copy all of the run; load_run(…, model=…) takes '
+                         'another network than ResNet') from e
     dls = get_empty_dls(classes) if data is None else get_dls(get_data(data), bs=bs, every=every, resize=True)
     if list(dls.vocab) != classes: raise InputError(f'{data} has other classes than {run}: {", ".join(dls.vocab)}')
     exact = precision == 'fp32' or any(w.dtype == torch.float16 for w in weights.values())  # published: rounded once
@@ -150,7 +146,7 @@ def main(args: list[str] | None = None):
         if not o.images: return
     files, targets = find_images(o.images, vocab)
     if not show_progress() or o.csv: learn.remove_cb(ProgressCallback)
-    with fast(learn): log_probs = get_log_probs(learn, decode_images(files, resize=True))
+    log_probs, *_ = get_log_probs(learn, learn.dls.test_dl(files, bs=512))
     table = list_predictions(files, log_probs, vocab)
     if o.csv:
         if targets: table.insert(1, 'actual', [vocab[i] for i in targets])

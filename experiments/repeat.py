@@ -24,10 +24,9 @@ from fastcore.script import call_parse
 import train_fastai
 from arch import ResNet
 from lab.errors import InputError, one_line_errors
-from lab.evaluate import get_log_probs
-from lab.loader import get_images
 from lab.optim import FusedAdam
-from lab.results import TARGET, find_commit
+from lab.processes import replaced
+from lab.results import TARGET, find_commit, get_log_probs
 from lab.runs import CHECKPOINT, TrainingCallback
 from lab.sources import get_data
 from lab.speed import device_name, fast, resolve_precision
@@ -89,9 +88,8 @@ def hold_out(path: Path, to: Path, every: int = 10) -> Path:
 
 def score(learn: Learner) -> dict[str, float]:
     """Accuracy, plain and by flip averaging, and loss on the test images of `learn`."""
-    dls, ds = learn.dls, learn.dls.valid_ds
-    images, targets = get_images(ds, range_of(ds.items)), tensor([dls.vocab.o2i[f.parent.name] for f in ds.items])
-    with fast(learn): plain, flipped = (get_log_probs(learn, x) for x in (images, images.flip(-1)))
+    ds, (plain, targets) = learn.dls.valid_ds, get_log_probs(learn)
+    with replaced(ds, 'images', ds.images.flip(-1)): flipped, _ = get_log_probs(learn)
     return dict(accuracy=accuracy(plain, targets).item(), accuracy_flip=accuracy(plain + flipped, targets).item(),
                 test_loss=F.nll_loss(plain, targets).item())
 

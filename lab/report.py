@@ -1,15 +1,23 @@
 """A run as one page of Markdown, and its errors as a page for a browser, from the templates report.md and page.html."""
 import base64
-import math
-import re
-from pathlib import Path
 
 import jinja2
-import pandas as pd
-from torch import Tensor
+from fastai.vision.all import *
+from sklearn.metrics import precision_recall_fscore_support
 from torchvision.io import encode_png
 
-from lab.evaluate import list_confusions
+
+def per_class_scores(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> pd.DataFrame:
+    """`class, images, recall, precision` from `log_probs` (N, classes) and `targets` (N,); a share of none is NaN."""
+    precision, recall, _, images = precision_recall_fscore_support(
+        targets, log_probs.argmax(1), labels=range(len(vocab)), zero_division=np.nan)
+    return pd.DataFrame({'class': list(vocab), 'images': images.astype(int), 'recall': recall, 'precision': precision})
+
+
+def list_confusions(answers: pd.DataFrame, n: int = 10) -> pd.DataFrame:
+    """The at most `n` most frequent errors in `answers` (`actual, predicted`), each with its number of `images`."""
+    wrong = answers[answers.actual != answers.predicted]
+    return wrong.groupby(['actual', 'predicted']).size().reset_index(name='images').nlargest(n, 'images')
 
 
 def percent(share: float, decimals: int = 1) -> str:

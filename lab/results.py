@@ -6,11 +6,10 @@ from fastai.vision.all import *
 
 from lab import figures
 from lab.errors import RunError
-from lab.evaluate import per_class_scores
 from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.processes import alone
-from lab.report import percent, write_page, write_report
+from lab.report import per_class_scores, percent, write_page, write_report
 from lab.runs import CHECKPOINT, Run, atomic_write, nonfatal, save_csv, save_state
 from lab.speed import device_name, fast, unwrap
 
@@ -92,14 +91,22 @@ def draw_training(run: Run, learn: Learner):
         save_figure(run, 'history.png', figures.draw_history, h.rows, smoothing, TARGET)
 
 
+def get_log_probs(learn: Learner, dl: DataLoader | None = None) -> list[Tensor]:
+    """The log-probabilities (N, classes) float32, and targets, if any, of `dl`, by default the test images, on the CPU.
+
+    A network may end in logits or in log-probabilities, which log-softmax leaves as they are.
+    """
+    with alone(), fast(learn):
+        answers = learn.get_preds(dl=dl, act=partial(F.log_softmax, dim=1, dtype=torch.float32))
+    return [o.as_subclass(Tensor) for o in answers if o is not None]
+
+
 def save_results(run: Run, learn: Learner):
     """Write numbers, report, figures and then the weights, all of the weights as they are, and print the outcome."""
     if rank_distrib(): return
     dls, h, out, answers, model = learn.dls, learn.history, run.folder, learn.misclassified, unwrap(learn.model)
     if not h.rows: raise RunError('training ended before its first epoch did: there are no results')
-    with alone(), fast(learn), learn.no_bar():
-        log_probs, targets = learn.get_preds(act=partial(F.log_softmax, dim=1, dtype=torch.float32))
-    answers.log_probs, answers.targets = log_probs, targets = log_probs.as_subclass(Tensor), targets.as_subclass(Tensor)
+    with learn.no_bar(): log_probs, targets = answers.log_probs, answers.targets = get_log_probs(learn)
     if not log_probs.isfinite().all(): raise RunError('the network gives no numbers; lower --lr-max')
     predicted, losses, wrong = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none'), answers.table()
     classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(dls.valid_ds, wrong.index)

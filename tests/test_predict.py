@@ -179,9 +179,9 @@ def malicious_pickle(run): (run/'model.pth').write_bytes(pickle.dumps(Malicious(
 @pytest.mark.parametrize(('spoil', 'message'), [
     (no_weights, 'copy is not the folder of a finished run, as docs/cifar10 is'),
     (interrupted, 'is not finished; finish it with: python train_fastai.py --resume'),
-    (no_metrics, 'metrics.json cannot be used ([Errno 2] No such file'),
-    (no_options, "metrics.json cannot be used ('precision'"), (damaged, 'model.pth is damaged'),
-    (foreign, 'does not hold the weights of ResNet; load_run(…, model=…) takes another'),
+    (no_metrics, 'copy cannot be used ([Errno 2] No such file'),
+    (no_options, "copy cannot be used ('precision'); copy all of the run"), (damaged, 'model.pth is damaged'),
+    (foreign, 'load_run(…, model=…) takes another network than ResNet'),
     (malicious, 'it was not opened'), (malicious_pickle, 'model.pth')],
     ids=lambda o: getattr(o, '__name__', None))
 def test_bad_run_is_one_line_and_no_code_of_it_runs(copy, folder, tmp_path, capsys, monkeypatch, spoil, message):

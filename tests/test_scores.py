@@ -7,7 +7,8 @@ import torch
 from conftest import fit
 from torch import nn
 
-from lab.evaluate import get_log_probs, list_confusions, per_class_scores
+from lab.report import list_confusions, per_class_scores
+from lab.results import get_log_probs
 from train_fastai import get_learner
 
 COUNTS, VOCAB = np.array([[7, 2, 1], [0, 10, 0], [4, 1, 0]]), ['cat', 'd|g', 'eel']
@@ -59,10 +60,11 @@ def test_misclassified_against_a_count_by_hand(dls, folder):
 @pytest.mark.parametrize(('precision', 'atol'), [('fp32', 1e-6), ('bf16', 0.01)])
 def test_log_probabilities_are_those_of_get_preds(dls, precision, atol):
     learn, close = fit(get_learner(dls, precision=precision), 3), dict(atol=atol, rtol=0)
-    log_probs = get_log_probs(learn, dls.valid_ds.images)
+    log_probs, targets = get_log_probs(learn)
+    assert torch.equal(targets, dls.valid_ds.labels)
     assert (log_probs.shape, log_probs.dtype, type(log_probs)) == ((12, 3), torch.float32, torch.Tensor)
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(12))
     torch.testing.assert_close(log_probs.exp(), learn.get_preds()[0], **close)
     torch.testing.assert_close(log_probs, learn.misclassified.log_probs, **close)
     learn.model.softmax = nn.Identity()  # logits have the same log-probabilities
-    torch.testing.assert_close(get_log_probs(learn, dls.valid_ds.images), log_probs, **close)
+    torch.testing.assert_close(get_log_probs(learn, dls.test_dl(dls.valid_ds.items))[0], log_probs, **close)
