@@ -5,13 +5,10 @@ from fastai.vision.all import *
 class CrossEntropy(CrossEntropyLossFlat):
     """Cross-entropy with smoothed labels (arXiv:1512.00567) in training, and plain without gradients: in every test."""
 
-    def __init__(self, *args, label_smoothing: float = 0., **kwargs):
-        super().__init__(*args, **kwargs)
-        self.label_smoothing = label_smoothing
-
-    def __call__(self, inp: Tensor, targ: Tensor, **kwargs) -> Tensor:
+    def __call__(self, *args, **kwargs) -> Tensor:
+        # `label_smoothing` is fastai's copy of what torch's loss, `func`, was made with
         self.func.label_smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.
-        return super().__call__(inp, targ, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 def match_layout(opt: OptimWrapper):
@@ -21,31 +18,18 @@ def match_layout(opt: OptimWrapper):
     would step wrongly, without an error (docs/findings/fused_adamw_mixed_layouts.sh).
     """
     if not isinstance(opt, OptimWrapper): return  # fastai's own pair by name
-    for p in (p for params in opt.param_lists for p in params):
-        if p.grad is not None and p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
-        state = opt.opt.state.get(p, {})
-        state.update({k: torch.empty_like(p).copy_(v) for k, v in state.items()
-                      if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride()})
-
-
-class Hypers(dict):
-    """A list's hyper-parameters; what is written to them reaches torch's `groups`, where it has `names`."""
-
-    def __init__(self, hypers: dict, groups: list[dict], names: dict):
-        super().__init__(hypers)
-        self.groups, self.names = groups, names
-
-    def __setitem__(self, k, v):
-        super().__setitem__(k, v)
-        for pg in self.groups[:1] if k == 'wd' else self.groups: set_item_pg(pg, self.names[k], v)
+    for p in L(opt.param_lists).concat():
+        for v in (p.grad, *opt.opt.state.get(p, {}).values()):
+            if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride():
+                v.data = torch.empty_like(p).copy_(v)
 
 
 class TorchOptimizer(OptimWrapper):
     """A torch optimizer that behaves like one of fastai's: `partial(TorchOptimizer, opt=torch.optim.SGD, momentum=.9)`.
 
     Each list of the splitter is one group to fastai and two to torch: what has several dimensions decays, biases and
-    batch norm do not. fastai's `OptimWrapper` decays all, and what is written to its `hypers` is lost
-    (docs/findings/optimwrapper_decays_norms.sh).
+    batch norm do not (fastai's `OptimWrapper` decays all: docs/findings/optimwrapper_decays_norms.sh). `hypers` are to
+    be read: writing to them raises a `TypeError`, where `OptimWrapper` would lose it. `set_hyper` sets them.
     """
 
     def __init__(self, *args, **kwargs):
@@ -56,14 +40,9 @@ class TorchOptimizer(OptimWrapper):
 
     @property
     def param_lists(self) -> list: return [a['params'] + b['params'] for a, b in chunked(self.opt.param_groups, 2)]
-
     @property
-    def hypers(self) -> list[Hypers]:
-        return [Hypers(h, groups, self.bwd_map)
-                for h, groups in zip(super().hypers[::2], chunked(self.opt.param_groups, 2), strict=True)]
-
-    def _set_hyper(self, k: str, values: list):
-        for h, v in zip(self.hypers, values, strict=True): h[k] = v
+    def hypers(self) -> list: return [types.MappingProxyType(h) for h in super().hypers[::2]]
+    def _set_hyper(self, k, values): super()._set_hyper(k, [o for v in values for o in (v, 0. if k == 'wd' else v)])
 
     def step(self, closure: Callable | None = None):
         match_layout(self)

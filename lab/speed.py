@@ -1,13 +1,6 @@
-"""What makes training fast: `fast(learn)`, and the precision of a learner.
-
-Everything that `fast` does is undone at its end: a model and its weights are plain outside of it.
-"""
+"""What makes training fast: `fast(learn)`, which undoes at its end all that it does, and the precision of a learner."""
 import contextlib
 import ctypes
-import itertools
-import platform
-import sys
-import warnings
 
 from fastai.vision.all import *
 from torch.utils.checkpoint import checkpoint
@@ -15,13 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from lab.errors import InputError
 from lab.optim import match_layout
 from lab.processes import replaced
-from lab.winograd import MIN_CHANNELS, WinogradConv2d, is_plain_3x3
+from lab.winograd import MIN_CHANNELS, WinogradConv2d
 
 PRECISIONS = 'auto', 'fp32', 'bf16', 'fp16'
-LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
-mallopt, malloc_trim = (getattr(LIBC, name, noop) for name in ('mallopt', 'malloc_trim'))  # only glibc has them
+mallopt, malloc_trim = (getattr(ctypes.pythonapi, name, noop) for name in ('mallopt', 'malloc_trim'))  # of glibc
 TRIM_EVERY = 50  # batches
-SMALL_MAP = 8  # pixels: maps up to this width leave most of an AMX tile empty (docs/speed.md)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,8 +23,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody looks at what goes through `module`, or has replaced its `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or 'forward' in vars(module))
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or 'forward' in vars(module)
 
 
 class Precision(MixedPrecision):
@@ -66,7 +57,7 @@ class SideBySideConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        if w > SMALL_MAP: return super().forward(x)
+        if w > 8: return super().forward(x)  # smaller maps leave most of an AMX tile empty (docs/speed.md)
         k = 32 if n % 32 == 0 else n
         rows = x.permute(0, 2, 3, 1).reshape(n // k, k, h, w, c).transpose(1, 2)
         wide = F.pad(rows, (0, 0, 0, 1)).reshape(n // k, h, k * (w + 1), c)
@@ -84,7 +75,7 @@ class LeanSequential(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for before, m in itertools.pairwise([nn.Identity(), *self]):
-            unseen = not is_hooked(before) and not is_hooked(m)
+            unseen = not (is_hooked(before) or is_hooked(m))
             if unseen and (type(before), type(m)) == (nn.BatchNorm2d, nn.ReLU): x = x.relu_()
             elif unseen and type(m) is nn.MaxPool2d: x = checkpoint(m, x, use_reentrant=False, preserve_rng_state=False)
             else: x = m(x)
@@ -93,44 +84,27 @@ class LeanSequential(nn.Sequential):
 
 def faster_class(m: nn.Module, mixed: bool) -> type:
     """What computes on this CPU the same as the module `m` in less time or memory, or else its class."""
-    amx = torch.cpu.get_capabilities().get('amx_bf16')
-    if mixed: return SideBySideConv2d if amx and is_plain_3x3(m) else type(m)
-    if type(m) is nn.Sequential: return LeanSequential
-    return WinogradConv2d if is_plain_3x3(m) and min(m.weight.shape[:2]) >= MIN_CHANNELS else type(m)
-
-
-def use_fast_layout(learn: Learner, stack: contextlib.ExitStack):
-    """Weights in the network's `memory_format`, and on a CPU modules that suit the processor, until `stack` closes."""
-    model = unwrap(learn.model)
-    memory_format, device = getattr(model, 'memory_format', None), next(model.parameters()).device.type
-    if not memory_format or device not in ('cpu', 'cuda'): return
-    for m in model.modules() if device == 'cpu' else ():
-        stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
-    if torch.get_float32_matmul_precision() != 'highest' and any(type(m) is WinogradConv2d for m in model.modules()):
-        print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
-    stack.callback(model.to, memory_format=torch.contiguous_format)
-    model.to(memory_format=memory_format)
+    if type(m) is nn.Sequential and not mixed: return LeanSequential
+    plain = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros')
+    if type(m) is not nn.Conv2d or m.bias is not None or not plain.items() <= vars(m).items(): return type(m)
+    if mixed: return SideBySideConv2d if torch.cpu.get_capabilities().get('amx_bf16') else nn.Conv2d
+    return WinogradConv2d if min(m.weight.shape[:2]) >= MIN_CHANNELS else nn.Conv2d
 
 
 @contextlib.contextmanager
 def keep_freed_memory():
-    """Context manager that keeps the memory of freed tensors: returning it and asking again costs an eighth of a step.
-
-    For Linux with glibc. Afterwards its thresholds are close to what its own rule, now switched off, arrives at.
-    """
-    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
-    mallopt(m_mmap_max, 0)  # no mapping of its own for a large tensor
-    mallopt(m_trim_threshold, -1)  # never shrink the heap
+    """Context manager that keeps freed memory, with glibc: returning it and asking again costs an eighth of a step."""
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # in malloc.h with an M_ in front
+    mallopt(mmap_max, 0)  # no mapping of its own for a large tensor
+    mallopt(trim_threshold, -1)  # never shrink the heap
     try: yield
-    finally:
-        mallopt(m_mmap_max, 65536)
-        mallopt(m_mmap_threshold, 32 * 2**20)
-        mallopt(m_trim_threshold, 64 * 2**20)
+    finally:  # close to what glibc's own rule, now switched off, arrives at
+        for o, value in ((mmap_max, 65536), (mmap_threshold, 2**25), (trim_threshold, 2**26)): mallopt(o, value)
         malloc_trim(0)
 
 
 class FastFit(Callback):
-    """What `fast` does in a fit. After an error it cleans up what fastai leaves; see docs/findings/README.md.
+    """What `fast` does in a fit. On exit from an error it cleans up what fastai leaves; see docs/findings/README.md.
 
     On a GPU it can `record` the forward and backward pass once and replay them in every step: the same kernels, but a
     fast GPU takes longer to launch them than to run them. The loader has to drop the last partial batch.
@@ -169,7 +143,8 @@ class FastFit(Callback):
         self.recorded = self.finder = None
         if losses := nested_attr(self.learn, 'recorder.losses'): self.recorder.losses = [o.cpu() for o in losses]
 
-    def clean_up(self):
+    def clean_up(self, error: type | None, *_):
+        if not error: return
         if self.autocast and torch.is_autocast_enabled(self.autocast.device): self.autocast.__exit__(None, None, None)
         if self.opt: self.opt.zero_grad()
         if self.finder:
@@ -182,12 +157,12 @@ class FastFit(Callback):
 def fast(learn: Learner):
     """Context manager in which `learn` trains and predicts fast; undone at its end, also after an error or Ctrl-C.
 
-    Numbers are the same, to rounding. On a CPU freed memory is kept for the next step. A network whose class names a
-    `memory_format`, as `ResNet` does, is brought into that layout, its modules are replaced by faster ones on a CPU,
-    and its training step is recorded on a GPU. Any other network may use `view`, say, and keeps its layout.
+    Numbers are the same, to rounding. A network whose class names a `memory_format`, as `ResNet` does, is brought into
+    that layout, its modules are replaced by faster ones on a CPU, and its training step is recorded on a GPU. Any other
+    network may use `view`, say, and keeps its layout.
     """
-    gpu = next(learn.model.parameters()).is_cuda
-    record = gpu and num_distrib() < 2 and hasattr(unwrap(learn.model), 'memory_format')
+    model, gpu = unwrap(learn.model), one_param(learn.model).is_cuda
+    layout, device = getattr(model, 'memory_format', None), one_param(model).device.type
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(torch.backends.cudnn, 'benchmark', True))
         if not gpu: stack.enter_context(keep_freed_memory())
@@ -197,17 +172,19 @@ def fast(learn: Learner):
                 vars(progress)['after_batch'] = lambda: progress.pbar.update(learn.iter + 1)
                 stack.callback(vars(progress).pop, 'after_batch', None)
         stack.callback(lambda: match_layout(learn.opt))
-        use_fast_layout(learn, stack)
-        stack.enter_context(learn.added_cbs(fast_fit := FastFit(record)))
-        try: yield learn
-        except BaseException:
-            fast_fit.clean_up()
-            raise
+        for m in model.modules() if layout and device == 'cpu' else ():
+            stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
+        if layout and device in ('cpu', 'cuda'):
+            stack.callback(model.to, memory_format=torch.contiguous_format)
+            model.to(memory_format=layout)
+        fast_fit = FastFit(record=bool(gpu and layout and num_distrib() < 2))
+        stack.enter_context(learn.added_cbs(fast_fit))
+        stack.push(fast_fit.clean_up)
+        yield learn
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`precision`, with 'auto' resolved for `device`: 'bf16' if the hardware supports it natively, 'fp16' on older CUDA
-    GPUs, else 'fp32'. Raises `InputError` for one that does not exist there."""
+    """`precision`, or for 'auto' the fastest that `device` has in hardware. Raises `InputError` for one it has not."""
     devices = dict(fp16=['cuda'], bf16=['cuda', 'cpu']).get(precision, [device.type])
     if device.type not in devices:
         raise InputError(f'--precision {precision} needs {" or ".join(devices)}, not "{device.type}"')

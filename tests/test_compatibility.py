@@ -106,7 +106,7 @@ def fit_with(cb, *args, epochs=2, find=lambda cb: None, **kwargs):
 
 HABITS = dict(
     mixup=fit_with(fv.MixUp), accumulation=fit_with(fv.GradientAccumulation, n_acc=16),
-    clip=fit_with(fv.GradientClip, 0.1), plateau=fit_with(fv.ReduceLROnPlateau, min_delta=100., epochs=4),
+    clip=fit_with(fv.GradientClip, 0.1),
     stats=fit_with(fv.ActivationStats, find=lambda cb: np.array([[o['mean'], o['std']] for o in cb.stats[0]])),
     lr_find=lambda learn: learn.lr_find(end_lr=1e-3, num_it=12, show_plot=False) and [
         float(o) for o in learn.recorder.losses],

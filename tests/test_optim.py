@@ -57,9 +57,9 @@ def test_one_group_is_shown_of_two_of_which_one_decays(dls, tmp_path):
     for do, wd in ((partial(learn.fit, 1, 1e-3, wd=0.3), 0.3), (partial(fit, learn, 1), 0.2)):
         do()
         assert [pg['weight_decay'] for pg in learn.opt.opt.param_groups] == [wd, 0]
-    learn.opt.hypers[0]['mom'], learn.opt.hypers[0]['wd'] = 0.5, 0.7
-    assert [(pg['betas'], pg['weight_decay']) for pg in learn.opt.opt.param_groups] == [
-        ((0.5, 0.99), 0.7), ((0.5, 0.99), 0)]
+    learn.opt.set_hypers(mom=0.5, wd=0.7)
+    with pytest.raises(TypeError): learn.opt.hypers[0]['lr'] = 1.  # as ReduceLROnPlateau does
+    assert [(pg['betas'], pg['weight_decay']) for pg in groups] == [((0.5, 0.99), 0.7), ((0.5, 0.99), 0)]
 
 
 def three_lists(m: ResNet) -> L:

@@ -148,7 +148,11 @@ class Seen(Callback):
 
 def fine_tune(learn, checkpoint): learn.fine_tune(2, 1e-2, freeze_epochs=3, cbs=checkpoint())
 def restarts(learn, checkpoint): learn.fit_sgdr(2, 2, lr_max=1e-3, cbs=checkpoint())
-def trackers(learn, checkpoint): learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau(), Stop(), BestTraining()])
+
+
+def trackers(learn, checkpoint):
+    learn.opt_func = fv.Adam  # whose `hypers` Plateau may write to
+    learn.fit(6, 1e-2, cbs=[checkpoint(), Plateau(), Stop(), BestTraining()])
 
 
 def other_network(learn, checkpoint):

@@ -15,7 +15,7 @@ from arch import ResNet, conv_bn_relu
 from lab.errors import InputError
 from lab.loader import cache_images
 from lab.optim import FusedAdam
-from lab.speed import FastFit, LeanSequential, SideBySideConv2d, fast, resolve_precision, use_fast_layout
+from lab.speed import FastFit, LeanSequential, SideBySideConv2d, fast, resolve_precision
 from train_fastai import get_learner
 
 
@@ -209,8 +209,9 @@ def test_nothing_special_is_done_on_mps(dls):
     mps = torch.device('mps')
     cache_images(SimpleNamespace(train_ds=dls.train_ds, valid_ds=dls.valid_ds, vocab=dls.vocab, device=mps))
     assert dls.train_ds.images.device.type == dls.train_ds.labels.device.type == 'cpu'
-    model = SimpleNamespace(memory_format=torch.channels_last, parameters=lambda: iter([SimpleNamespace(device=mps)]))
-    with contextlib.ExitStack() as stack: use_fast_layout(SimpleNamespace(model=model), stack)  # not its modules
+    weight = SimpleNamespace(device=mps, is_cuda=False)
+    model = SimpleNamespace(memory_format=torch.channels_last, parameters=lambda: [weight])  # and no modules, no `to`
+    with fast(SimpleNamespace(model=model, opt=None, added_cbs=contextlib.nullcontext)): pass
     with pytest.raises(InputError, match='--precision bf16 needs cuda or cpu, not "mps"'):
         resolve_precision('bf16', mps)
 
@@ -279,10 +280,3 @@ def test_on_a_gpu_recorder_and_bar_are_stock_afterwards(make, monkeypatch, recor
     assert 'after_batch' not in vars(learn.progress)
     fit(learn, 1)
     assert len(learn.recorder.values) == 1
-
-
-def test_rounded_products_keep_convolutions_direct_and_say_so(make, capsys, monkeypatch):
-    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
-    for precision, said in (('fp32', 1), ('bf16', 0)):
-        with fast(make(precision=precision)): pass
-        assert capsys.readouterr().out.count('Convolutions stay direct') == said
