@@ -2,7 +2,7 @@
 from fastai.vision.all import *
 
 from lab.errors import RunError
-from lab.runs import TrainingCallback
+from lab.runs import TrainingCallback, checksum
 from lab.speed import unwrap
 
 
@@ -36,7 +36,7 @@ class History(TrainingCallback):
     columns = 'epoch', 'train_loss', 'train_accuracy', 'test_loss', 'test_accuracy', 'seconds'
 
     def __init__(self):
-        self.rows, self.schedule, self.seconds_training = [], [], 0.
+        self.rows, self.schedule, self.checksums, self.seconds_training = [], [], [], 0.
         self.start = self.trained = None  # outside of an epoch, and before its training has ended
 
     def before_fit(self):
@@ -70,6 +70,7 @@ class History(TrainingCallback):
         if self.trained is None: return
         row = len(self.rows) + 1, *self.trained, *self.means(), time.perf_counter() - self.start
         self.rows.append(dict(zip(self.columns, row, strict=True)))
+        self.checksums.append(checksum(self.model))
         self.start = self.trained = None
 
     def train_accuracy(self) -> float: return self.trained[1] if self.trained else math.nan

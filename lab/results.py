@@ -10,7 +10,7 @@ from lab.gradcam import grad_cam
 from lab.loader import SIZE, get_images, show_progress
 from lab.processes import alone
 from lab.report import per_class_scores, percent, write_page, write_report
-from lab.runs import CHECKPOINT, Run, atomic_write, nonfatal, save_csv, save_state
+from lab.runs import CHECKPOINT, Run, atomic_write, checksum, forecast, nonfatal, save_csv, save_state
 from lab.speed import device_name, fast, unwrap
 
 TARGET = 0.9  # test accuracy, the assignment's
@@ -76,8 +76,7 @@ def save_finder(run: Run, learn: Learner, lr_min: float, lr_max: float, seconds:
     if show_progress(): print()  # the finder stops within an epoch, and its bar stays
     curve = pd.DataFrame(dict(lr=learn.recorder.lrs, loss=[float(loss) for loss in learn.recorder.losses]))
     batches = len(learn.dls.train) + len(learn.dls.valid) / 3  # forward passes alone take a third
-    hours, minutes = divmod(max(1, round(run.options.epochs * batches * seconds / len(curve) / 60)), 60)
-    print(f'{run.options.epochs} epochs will take about {hours} h {minutes} min at this pace.', flush=True)
+    forecast(run.options.epochs, run.options.epochs * batches * seconds / len(curve))
     save_csv(run.folder/'lr_find.csv', curve)
     save_figure(run, 'lr_find.png', figures.draw_lr_finder, curve.lr, curve.loss, lr_min, lr_max)
 
@@ -116,6 +115,7 @@ def save_results(run: Run, learn: Learner):
         train_accuracy=h.rows[-1]['train_accuracy'], test_accuracy=accuracy(log_probs, targets).item(),
         test_loss=losses.mean().item(), train_images=len(dls.train_ds), test_images=len(targets),
         first_epoch_over_90=first(row['epoch'] for row in h.rows if row['test_accuracy'] > TARGET),
+        weights_of_epoch=last(i for i, o in enumerate(h.checksums, 1) if o == checksum(model)),
         seconds_training=h.seconds_training, seconds_total=time.perf_counter() - run.start,
         classes=list(dls.vocab), fingerprint=run.fingerprint, commit=find_commit(),
         versions={'python': platform.python_version()} | {p: version(p) for p in ('torch', 'torchvision', 'fastai')},

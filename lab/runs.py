@@ -73,6 +73,18 @@ def get_state(o: Any) -> dict:
     return state
 
 
+def checksum(model: nn.Module) -> int:
+    """Tells other weights and statistics of `model` from these, in any memory layout."""
+    return sum(t.reshape(-1).view(torch.uint8).sum().item() for t in unwrap(model).state_dict().values())
+
+
+def forecast(epochs: int, seconds: float):
+    """Say what `epochs` will take."""
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    about = f'{hours} h {minutes} min' if hours else f'{minutes} min'
+    print(f'{epochs} epoch{"s" * (epochs > 1)} will take about {about} at this pace.', flush=True)
+
+
 class TrainingCallback(Callback):
     """Base class for callbacks that must ignore `lr_find` and `get_preds`, which fire the same events."""
     order = Recorder.order + 1
@@ -86,7 +98,7 @@ class Checkpoint(TrainingCallback):
 
     Stored are weights, gradients that an accumulation left, the optimizer, and every callback's state. Randomness
     needs no saving: `SeedEpochs` derives it from the seed and the epoch. A resumed run skips what was done, a fit or
-    epochs of it, and no other callback hears of these epochs.
+    epochs of it, and no other callback hears of these epochs. After one epoch it says how long the rest will take.
     """
     order = 1000  # last: trackers have their new state
 
@@ -116,9 +128,10 @@ class Checkpoint(TrainingCallback):
         if self.epoch < self.skip: raise CancelEpochException
 
     def after_epoch(self):
-        done = self.epoch + 1
+        done, left = self.epoch + 1, self.n_epoch - self.epoch - 1
         if done == self.skip: self.learn.cbs = self.cbs_then
         if done > self.skip: self.save(done)
+        if done == self.skip + 1 and left and self.history.rows: forecast(left, left * self.history.rows[-1]['seconds'])
 
     def save(self, epochs_done: int):
         model, run = unwrap(self.model), self.of

@@ -104,7 +104,7 @@ def test_a_fit_that_is_cancelled_keeps_averages(dls, tmp_path, event, error, epo
     assert not equal(weights(learn), seen.steps[-1])
     assert learn.validate()[-2] < 1.2
     h = learn.history  # the last test is none of a fit
-    assert [len(h.rows), len(h.schedule)] == [epochs, batches]
+    assert [len(h.rows), len(h.schedule), len(h.checksums)] == [epochs, batches, epochs]
     torch.nn.init.constant_(learn.model.fc.bias, math.nan)
     assert math.isnan(learn.validate()[-2])
 
@@ -116,7 +116,7 @@ def test_another_callbacks_test_costs_no_epoch(dls, tmp_path):
     learn = make(dls, path=tmp_path, ema=0)
     assert math.isfinite(learn.validate()[-2]), 'before any fit'
     fit(learn, 2, cbs=Test())
-    assert len(learn.history.rows) == 2
+    assert len(learn.history.rows) == len(learn.history.checksums) == 2
 
 
 class Labels(Callback):

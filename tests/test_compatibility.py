@@ -13,6 +13,7 @@ from fastai.vision.all import L, Learner, nn
 
 from callbacks import History, Misclassified, SeedEpochs, WeightAverage
 from lab.optim import CrossEntropy, FusedAdam
+from lab.runs import checksum
 from lab.speed import fast
 from train_fastai import find_lrs, get_dls, get_learner
 
@@ -64,6 +65,7 @@ def test_a_stock_learner_takes_our_parts(tmp_path, within, habit):
     assert all(0 < row['train_loss'] < 2 and 0 <= row['test_accuracy'] <= 1 for row in learn.history.rows)
     assert len(learn.history.schedule) == 8
     assert learn.misclassified.log_probs.shape == (64, 3)
+    assert learn.history.checksums[1] == checksum(learn.model), 'not the averages that were tested'
 
 
 def test_loaders_and_targets_of_other_kinds(dls, tmp_path):

@@ -17,7 +17,7 @@ from train_fastai import Options, get_dls, get_learner
 PUBLISHED = ROOT/'docs/cifar10'
 RUN = read_metrics(PUBLISHED)
 OPTIONS, RECIPE = vars(Options()), RUN['recipe'] | dict(ema=0.995, layers=[('Linear', '10', 5130)])
-METRICS = RUN | dict(train_accuracy=0.98, test_accuracy=0.9273, first_epoch_over_90=16,
+METRICS = RUN | dict(train_accuracy=0.98, test_accuracy=0.9273, first_epoch_over_90=16, weights_of_epoch=24,
                      commit='abc1234+', versions=dict(torch='2.14.1'), recipe=RECIPE, options=OPTIONS)
 HISTORY = [dict(epoch=i, train_loss=1.5 / i, test_loss=1.25 / i, train_accuracy=0.4, test_accuracy=0.9273)
            for i in range(1, 25)]
@@ -63,15 +63,16 @@ def test_it_sets_what_was_done_beside_what_was_asked():
 
 
 def test_it_says_what_was_different():
-    text = report(first_epoch_over_90=None, epochs=6, test_accuracy=0.9272, commit=None,
+    text = report(first_epoch_over_90=None, epochs=6, weights_of_epoch=3, commit=None,
                   options=OPTIONS | dict(lr_min=1.6e-4, lr_end=1.6e-6, quick=True, plain=True),
                   recipe=RECIPE | dict(label_smoothing=0., ema=0., wd=0., augmentation=[]))
     for part in ('not reached', '| first epoch over 90 % test accuracy | not reached |', ', given |', '`--plain`',
-                 '- **Size:** 6 epochs', '# Quick look: 92.72 % in 6 epochs', '**A quick look**',
-                 'ended after 6 epochs; 24 were planned', 'last epoch**, whose test gave 92.73 %. All',
-                 '| those of the last step |', 'no weight decay |', 'cutout 8×8 | none |'):
+                 '- **Size:** 6 epochs', '# Quick look: 92.73 % in 6 epochs', '**A quick look**',
+                 'ended after 6 epochs; 24 were planned',
+                 'tested after epoch 3', '| those of the last step |', 'no weight decay |', 'cutout 8×8 | none |'):
         assert part in text, part
     for part in ('lr_find.png', 'no annihilation', 'smooth', 'averaged', 'commit'): assert part not in text
+    assert 'were changed after the last test' in report(weights_of_epoch=None)
     assert '- **Another network**, ResNet, with 9 parameters and LogSoftmax at its end.' in report(parameters=9)
 
 

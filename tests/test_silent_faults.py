@@ -71,18 +71,20 @@ def test_weights_that_were_loaded_back_are_those_reported(options, folder, capsy
     """A1: the best epoch's weights, not those of the last test."""
     learn = experiment(one_cycle(SaveModelCallback), **options)
     losses = [row['test_loss'] for row in learn.history.rows]
-    assert check_results(options['out'], folder, capsys)['test_loss'] == pytest.approx(min(losses), abs=1e-5)
-    assert losses[-1] > min(losses)
+    m, best = check_results(options['out'], folder, capsys), losses.index(min(losses)) + 1
+    assert m['weights_of_epoch'] == best < 6
+    assert m['test_loss'] == pytest.approx(min(losses), abs=1e-5)
+    assert f'tested after epoch {best}' in (options['out']/'report.md').read_text()
 
 
 def test_weights_that_were_changed_after_the_last_test(options, folder, capsys):
     def fit(learn, checkpoint):
-        learn.fit_one_cycle(6, 1e-2, wd=0.3, cbs=checkpoint())
+        learn.fit_one_cycle(6, 1e-3, wd=0.3, cbs=checkpoint())
         with torch.no_grad(): learn.model.fc.weight.neg_()
     experiment(fit, **options)
     m = check_results(options['out'], folder, capsys)
-    assert m['recipe']['wd'] == 0.3, 'not that of an option'
-    assert 'not those of the last epoch' in (options['out']/'report.md').read_text()
+    assert (m['weights_of_epoch'], m['recipe']['wd']) == (None, 0.3), 'not those of an option'
+    assert 'changed after the last test' in (options['out']/'report.md').read_text()
 
 
 def other_metrics(learn): learn.metrics, learn.recorder.train_metrics = [error_rate, fv.RocAuc()], True
@@ -94,8 +96,8 @@ def shuffled_tests(learn): learn.dls.loaders[1] = learn.dls.valid.new(shuffle=Tr
 def test_accuracy_is_computed_not_looked_up(options, folder, capsys, change):
     """A2."""
     rows = experiment(one_cycle(), change, **options).history.rows
-    assert check_results(options['out'], folder, capsys)['test_accuracy'] == rows[-1]['test_accuracy']
-    assert 'not those of the last' not in (options['out']/'report.md').read_text()
+    m = check_results(options['out'], folder, capsys)
+    assert (m['test_accuracy'], m['weights_of_epoch']) == (rows[-1]['test_accuracy'], 6)
 
 
 def cancel_fit(): raise CancelFitException

@@ -32,7 +32,7 @@ FILES = PICTURES | {'metrics.json', 'report.md', 'errors.html', 'model.pth', 'hi
                     'misclassified.csv', 'classes.csv'}
 METRICS = {'parameters', 'lr_min', 'lr_max', 'epochs', 'batch_size', 'seed', 'precision', 'device', 'train_accuracy',
            'test_accuracy', 'test_loss', 'first_epoch_over_90', 'seconds_training', 'seconds_total', 'train_images',
-           'test_images', 'classes', 'fingerprint', 'versions', 'recipe', 'options', 'commit'}
+           'test_images', 'classes', 'fingerprint', 'versions', 'recipe', 'options', 'commit', 'weights_of_epoch'}
 
 
 def test_mean_colour_is_zero_once_normalised():
@@ -152,7 +152,7 @@ class TestRunFolder:
             [last[k] for k in ('train_accuracy', 'test_accuracy', 'test_loss')])
         assert all(w.is_contiguous() for w in torch.load(found[0]/'model.pth', weights_only=True).values())
         assert m['parameters'] == sum(p.numel() for p in ResNet(n_out=3).parameters())
-        assert (m['epochs'], m['batch_size'], m['seed']) == (2, 6, 42)
+        assert (m['epochs'], m['weights_of_epoch'], m['batch_size'], m['seed']) == (2, 2, 6, 42)
         assert (m['train_images'], m['test_images'], m['classes']) == (24, 12, ['blue', 'green', 'red'])
         assert 0 < m['seconds_training'] < m['seconds_total']
         assert torch.__version__.startswith(m['versions']['torch'])
