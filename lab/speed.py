@@ -104,7 +104,7 @@ def keep_freed_memory():
 
 
 class FastFit(Callback):
-    """What `fast` does in a fit. On exit from an error it cleans up what fastai leaves; see docs/findings/README.md.
+    """What `fast` does in a fit. After an error it cleans up what fastai leaves; see docs/findings/README.md.
 
     On a GPU it can `record` the forward and backward pass once and replay them in every step: the same kernels, but a
     fast GPU takes longer to launch them than to run them. The loader has to drop the last partial batch.
@@ -115,8 +115,7 @@ class FastFit(Callback):
     def before_train(self): match_layout(self.opt)  # a callback may have loaded a state
 
     def before_fit(self):
-        self.finder = getattr(self.learn, 'lr_finder', None)
-        self.autocast = nested_attr(self.learn, 'mixed_precision.autocast')
+        self.finder, self.autocast = getattr(self, 'lr_finder', None), nested_attr(self, 'mixed_precision.autocast')
 
     def before_batch(self):
         if not self.record or not self.training or 'forward' in vars(self.model): return  # recorded, or somebody's own
@@ -158,8 +157,7 @@ def fast(learn: Learner):
     """Context manager in which `learn` trains and predicts fast; undone at its end, also after an error or Ctrl-C.
 
     Numbers are the same, to rounding. A network whose class names a `memory_format`, as `ResNet` does, is brought into
-    that layout, its modules are replaced by faster ones on a CPU, and its training step is recorded on a GPU. Any other
-    network may use `view`, say, and keeps its layout.
+    that layout, with faster modules on a CPU and a recorded training step on a GPU. Any other may use `view`, say.
     """
     model, gpu = unwrap(learn.model), one_param(learn.model).is_cuda
     layout, device = getattr(model, 'memory_format', None), one_param(model).device.type
@@ -177,8 +175,7 @@ def fast(learn: Learner):
         if layout and device in ('cpu', 'cuda'):
             stack.callback(model.to, memory_format=torch.contiguous_format)
             model.to(memory_format=layout)
-        fast_fit = FastFit(record=bool(gpu and layout and num_distrib() < 2))
-        stack.enter_context(learn.added_cbs(fast_fit))
+        stack.enter_context(learn.added_cbs(fast_fit := FastFit(record=gpu and layout and num_distrib() < 2)))
         stack.push(fast_fit.clean_up)
         yield learn
 
