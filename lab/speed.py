@@ -172,6 +172,9 @@ def fast(learn: Learner):
         stack.callback(lambda: match_layout(learn.opt))
         for m in model.modules() if layout and device == 'cpu' else ():
             stack.enter_context(replaced(m, '__class__', faster_class(m, hasattr(learn, 'mixed_precision'))))
+        rounded = torch.get_float32_matmul_precision() != 'highest'
+        if rounded and any(isinstance(m, WinogradConv2d) for m in model.modules()):
+            print('Convolutions stay direct: torch.get_float32_matmul_precision() is not "highest".')
         if layout and device in ('cpu', 'cuda'):
             stack.callback(model.to, memory_format=torch.contiguous_format)
             model.to(memory_format=layout)

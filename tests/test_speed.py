@@ -280,3 +280,10 @@ def test_on_a_gpu_recorder_and_bar_are_stock_afterwards(make, monkeypatch, recor
     assert 'after_batch' not in vars(learn.progress)
     fit(learn, 1)
     assert len(learn.recorder.values) == 1
+
+
+def test_rounded_products_keep_convolutions_direct_and_say_so(make, capsys, monkeypatch):
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
+    for precision, said in (('fp32', 1), ('bf16', 0)):
+        with fast(make(precision=precision)): pass
+        assert capsys.readouterr().out.count('Convolutions stay direct') == said
