@@ -2,7 +2,6 @@
 """Repeat the experiment under several seeds, or with one thing changed and all else equal.
 
     python -m experiments.repeat seeds --seeds 42,43              # train_fastai.py as it is
-    python -m experiments.repeat seeds --add runs/X               # a finished run of train_fastai.py as a row
     python -m experiments.repeat ingredients --arms wd-0.2        # recipes, on a held-out tenth of the training images
     python -m experiments.repeat test --arms default              # the same, trained on all of them, on the test set
     python -m experiments.repeat seeds --table --out experiments  # the table of the published runs
@@ -12,14 +11,10 @@ interrupted, `seeds` resumes its run and a recipe starts again. No decision is b
 """
 import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
-import functools
-import json
-import operator
 from typing import Annotated
 
 import fastai
 from fastai.vision.all import *
-from fastcore.script import call_parse
 
 import train_fastai
 from arch import ResNet
@@ -33,8 +28,7 @@ from lab.speed import device_name, fast, resolve_precision
 from predict import load_run
 from train_fastai import MEAN_COLOUR, Cutout, FlipLR, Options, PadCrop, find_lrs, get_dls, get_learner
 
-# What an arm can change. `lr_max` replaces the LRMAX found and `lr_max_factor` multiplies it; `div_final` is fastai's,
-# by default LRMAX / LRMIN; `make_network` and `AlternateFlips` explain the last three.
+# What an arm can change. `lr_max` replaces the LRMAX found, `lr_max_factor` multiplies it, `div_final` is fastai's.
 RECIPE = dict(wd=Options.wd, label_smoothing=Options.label_smoothing, ema=Options.ema, padding='reflect', eps=1e-5,
               lr_max=None, lr_max_factor=1., div_final=None, whiten=False, identity=False, alternate=False)
 HALF, QUARTER, WD, MEAN = dict(lr_max_factor=1/2), dict(lr_max_factor=1/4), dict(wd=0.2), dict(padding='mean-colour')
@@ -44,8 +38,7 @@ ARMS = {
     'lr-max-half': HALF, 'lr-max-half-wd-0.2': HALF | WD, 'lr-max-half-wd-0.4': HALF | dict(wd=0.4),
     'lr-max-quarter': QUARTER, 'lr-max-quarter-wd-0.2': QUARTER | WD,
     'lr-max-quarter-eps-1e-8': QUARTER | dict(eps=1e-8),
-    'lr-max-quarter-smoothing-0': QUARTER | dict(label_smoothing=0.),
-    'lr-max-quarter-smoothing-0.2': QUARTER | dict(label_smoothing=0.2),
+    **{f'lr-max-quarter-smoothing-{e:g}': QUARTER | dict(label_smoothing=e) for e in (0., 0.2)},
     'lr-max-quarter-pad-mean-colour': QUARTER | MEAN, 'lr-max-quarter-plain': QUARTER | PLAIN,
     'ends-at-lrmin': PLAIN, 'div-final-1-holds-lrmax': PLAIN | dict(div_final=1.),
     'div-final-1e5-annihilates': PLAIN | dict(div_final=1e5)}
@@ -170,8 +163,8 @@ def tabulate_seeds(runs: pd.DataFrame) -> str:
              'none' if pd.isna(r.first_epoch_over_90) else int(r.first_epoch_over_90), r.commit)
             for _, r in runs.iterrows()]
     rows.append((f'mean ± sd, n = {len(runs)}', '', '', *(format_percent(runs[k]) for k in shares), '', ''))
-    columns = 'seed | LRMIN | LRMAX | training | test | flip averaging | first epoch over 90 % | commit'
-    return make_table(columns, rows) + f'\nAt least 94 %: {(runs.accuracy.round(4) >= 0.94).sum()} of {len(runs)}.\n'
+    table = make_table('seed | LRMIN | LRMAX | training | test | flip averaging | first epoch over 90 % | commit', rows)
+    return f'{table}\nAt least 94 %: {(runs.accuracy.round(4) >= 0.94).sum()} of {len(runs)}.\n'
 
 
 def tabulate_arms(runs: pd.DataFrame) -> str:
@@ -187,23 +180,20 @@ def tabulate_arms(runs: pd.DataFrame) -> str:
     return make_table('recipe | weights | seeds | LRMAX | training | accuracy | gain | flip averaging', rows)
 
 
-TABLES = dict(seeds=tabulate_seeds, ingredients=tabulate_arms, test=tabulate_arms)
-
-
 def tabulate(results: pd.DataFrame, name: str) -> str:
     """What `results` has of the table `name`, in Markdown, by size, processor and version of torch."""
-    runs = results[results.table == name].copy()
+    runs, tabulate_runs = results[results.table == name].copy(), tabulate_seeds if name == 'seeds' else tabulate_arms
     version = ('torch ' + runs.torch.astype('string').str.split('+').str[0]).fillna('torch not recorded')
     runs['processor'] = runs.device.str.replace(r', \d+ threads?$', '', regex=True) + ', ' + version
     by = ['epochs', 'train_images', 'batch_size', 'processor'] + (['arm'] if name == 'seeds' else [])
-    return '\n'.join(f'{", ".join(f"{k} {o}" for k, o in zip(by, group, strict=True))}\n\n{TABLES[name](rows)}'
+    return '\n'.join(f'{", ".join(f"{k} {o}" for k, o in zip(by, group, strict=True))}\n\n{tabulate_runs(rows)}'
                      for group, rows in runs.groupby(by, sort=False))
 
 
 @call_parse
 @one_line_errors('repeat.py')
 def main(
-    what: Annotated[str, dict(choices=[*TABLES])],  # what to repeat
+    what: Annotated[str, dict(choices=['seeds', 'ingredients', 'test'])],  # what to repeat
     arms: str = 'default',  # recipes of `ingredients` and `test`, separated by commas
     seeds: str = '42',  # separated by commas
     epochs: int = 24,  # passes over the training images

@@ -19,17 +19,11 @@ sys.path.append(str(ROOT))  # last: PYTHONPATH may name another checkout
 import lab  # isort: skip  # noqa: F401, silences a warning of fastai's import
 
 import contextlib
-import json
 import pkgutil
-import re
 import subprocess
-import tempfile
-from itertools import pairwise
 from typing import Annotated
 
-import torch
 from fastai.vision.all import *
-from fastcore.script import call_parse
 
 from arch import ResNet
 from lab import speed
@@ -38,7 +32,6 @@ from train_fastai import get_dls, get_learner
 
 WARM_UP = 3  # batches that are not counted: the first ones ask for memory and make oneDNN choose its kernels
 FIT, FIT_BEFORE = 'a batch of a fit in `fast`', 'the same, before'
-DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
 def read_clock(x: Tensor) -> float:
@@ -52,13 +45,14 @@ def time_steps(dls: DataLoaders, n: int, precision: str = 'fp32', memory_format=
     """When each of `n` plain steps on one batch began; `conv` names a class for all convolutions but the first."""
     x, y = (o.as_subclass(Tensor) for o in dls.one_batch())
     model, x = ResNet().to(x.device, memory_format=memory_format), x.contiguous(memory_format=memory_format)
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    for m in convs[1:] if conv else (): m.__class__ = pkgutil.resolve_name(conv)
+    _, *convs = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    for m in convs if conv else (): m.__class__ = pkgutil.resolve_name(conv)
     opt, times = torch.optim.AdamW(model.parameters(), fused=fused), []
     with memory():
         for _ in range(n):
             times.append(read_clock(x))
-            with torch.autocast(x.device.type, DTYPES[precision], enabled=precision != 'fp32'):
+            dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
+            with torch.autocast(x.device.type, dtype, enabled=precision != 'fp32'):
                 loss = F.cross_entropy(model(x), y)
             loss.backward()
             opt.step()
@@ -67,13 +61,12 @@ def time_steps(dls: DataLoaders, n: int, precision: str = 'fp32', memory_format=
 
 
 def time_fit(dls: DataLoaders, n: int, precision: str) -> list[float]:
-    """When each of `n` batches of a fit in `fast` began; nothing is tested."""
+    """When each of `n` batches of a fit in `fast` began."""
     class Clock(Callback):
         order = -100  # before all others
         def before_batch(self):
             times.append(read_clock(self.x))
             if len(times) == n: raise CancelFitException
-        def before_validate(self): raise CancelValidException
 
     times, fast = [], getattr(speed, 'fast', contextlib.nullcontext)  # earlier learners were fast by themselves
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +114,7 @@ def main(
     if row:
         dls = get_dls(get_data(data), bs, every=5)  # enough for the batches
         times = list_rows(precision)[row](dls, WARM_UP + batches + 1)
-        seconds = float(np.median([after - start for start, after in pairwise(times[WARM_UP:])]))
+        seconds = float(np.median([after - start for start, after in itertools.pairwise(times[WARM_UP:])]))
         print(json.dumps(dict(seconds=seconds, peak_mib=peak_memory())))
         return
     from lab.results import find_commit  # not there in earlier versions
