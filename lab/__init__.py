@@ -4,9 +4,8 @@
     sources, loader               where the images come from; files → pixels → whole batches
     optim, speed, winograd        loss and optimizer; `fast`, and precision; 3×3 convolutions in float32 on a CPU
     runs                          the folder of a run: options, lock, atomic writes, checkpoint, resume
-    gradcam                       where the network looked
-    figures, report               one function a figure; a run as one page (report.md), every error (errors.html)
-    results                       what a run writes beside its checkpoint; predictions
+    figures, report, gradcam      a function a figure; a run as a page, its errors as another; where the network looked
+    results                       what a run writes beside its checkpoint; a network's answers
 """
 import warnings
 

@@ -36,20 +36,20 @@ def list_augmentations(dls: DataLoaders) -> list[str]:
             if tfm.split_idx == 0 or isinstance(tfm, RandTransform)]
 
 
-@alone()
 def describe_recipe(learn: Learner) -> dict:
     """What the report says of the recipe, read from what `learn` really has."""
     def name(o) -> str: return getattr(o, '__name__', type(o).__name__)
     model, opt = unwrap(learn.model), getattr(learn.opt_func, 'func', learn.opt_func)
     if isinstance(learn.opt, OptimWrapper): opt = type(learn.opt.opt)
+    layers = {f'{at}: {name(type(m))}': m for at, m in model.named_modules() if not has_children(m)}
     blank = torch.zeros(1, 3, SIZE, SIZE, device=one_param(model).device)
-    with learn.no_bar(): layers = layer_info(learn, blank)
+    with torch.no_grad(), hook_outputs(layers.values(), cpu=True) as hooks: model.eval()(blank)
     return dict(network=name(type(model)), last_stage=name(type(last(model.modules()))), loss=name(learn.loss_func),
                 label_smoothing=getattr(learn.loss_func, 'label_smoothing', 0.), optimizer=name(opt),
                 wd=learn.opt.hypers[-1].get('wd', 0.), ema=nested_attr(learn, 'weight_average.decay', 0.),
                 augmentation=list_augmentations(learn.dls),
-                layers=[(kind, ' × '.join(map(str, shape[1:])), parameters or 0)  # output of one image
-                        for kind, parameters, _, shape, _ in filter(None, layers)])
+                layers=[(layer, ' × '.join(map(str, out.shape[1:])), total_params(m)[0])  # output of one image
+                        for (layer, m), out in zip(layers.items(), hooks.stored, strict=True) if out is not None])
 
 
 def find_commit() -> str | None:

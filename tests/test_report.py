@@ -16,7 +16,7 @@ from train_fastai import Options, get_dls, get_learner
 
 PUBLISHED = ROOT/'docs/cifar10'
 RUN = read_metrics(PUBLISHED)
-OPTIONS, RECIPE = vars(Options()), RUN['recipe'] | dict(ema=0.995, layers=[('Linear', '10', 5130)])
+OPTIONS, RECIPE = vars(Options()), RUN['recipe'] | dict(ema=0.995, layers=[('fc: Linear', '10', 5130)])
 METRICS = RUN | dict(train_accuracy=0.98, test_accuracy=0.9273, first_epoch_over_90=16, weights_of_epoch=24,
                      commit='abc1234+', versions=dict(torch='2.14.1'), recipe=RECIPE, options=OPTIONS)
 HISTORY = [dict(epoch=i, train_loss=1.5 / i, test_loss=1.25 / i, train_accuracy=0.4, test_accuracy=0.9273)
@@ -52,7 +52,7 @@ def test_it_sets_what_was_done_beside_what_was_asked():
                  'label smoothing 0.1', 'weight decay 0.1 (', '| batch size | 512 | 512 |',
                  '| test accuracy | 90 % | 92.73 % |', '1.60·10⁻⁴ → 2.30·10⁻³ at epoch 5 of 24 → 1.60·10⁻⁴',
                  'peak at training batch 486 of 2,328', 'no annihilation', 'by `learn.lr_find`', 'lr_find.png',
-                 '| 24 | 0.062 | 40.00 % | 0.052 | 92.73 % |', '| Linear | 10 | 5,130 |',
+                 '| 24 | 0.062 | 40.00 % | 0.052 | 92.73 % |', '| fc: Linear | 10 | 5,130 |',
                  r'| d\|g | 10 | 100.0 % | 76.9 % |', '| eel | 5 | 0.0 % | – |', r'eel → cat (4), cat → d\|g (2)',
                  "letter:\n\n- **Log-softmax**", 'weight decay** (AdamW;', 'the same) of 0.1;', '- **Reflected padding',
                  '6 of 10,000 test images', 'torch 2.14.1, at commit abc1234+', '    python train_fastai.py\n'):
@@ -92,9 +92,9 @@ def test_it_names_what_the_learner_has(folder, dls):
     assert found == RECIPE | dict(ema=0.99, layers=layers, augmentation=[
         'PadCrop(pad=4, padding_mode=reflect)', 'FlipLR()', 'Cutout(size=8)'])
     assert sum(n for *_, n in layers) == sum(p.numel() for p in ResNet(n_out=3).parameters())
-    assert layers[0] == ('Conv2d', '8 × 32 × 32', 216)
+    assert layers[0] == ('prep.0: Conv2d', '8 × 32 × 32', 216)
     net, plain = nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), get_dls(folder, bs=8, item_tfms=[FlipItem(0.3)])
     sgd = partial(TorchOptimizer, opt=optim.SGD, momentum=0.9)
     assert describe(plain, net, sgd, wd=0.3, ema=0, label_smoothing=0) == dict(
         network='Sequential', last_stage='Linear', loss='CrossEntropy', label_smoothing=0, optimizer='SGD', wd=0.3,
-        ema=0., augmentation=['FlipItem(p=0.3)'], layers=[('Flatten', '3072', 0), ('Linear', '3', 9219)])
+        ema=0., augmentation=['FlipItem(p=0.3)'], layers=[('0: Flatten', '3072', 0), ('1: Linear', '3', 9219)])
