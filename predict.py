@@ -90,18 +90,6 @@ def list_predictions(files: list[Path], log_probs: Tensor, vocab: list[str]) -> 
     return pd.DataFrame(columns)
 
 
-def describe_accuracy(log_probs: Tensor, targets: Tensor, vocab: list[str]) -> str:
-    """The accuracy, in words and tables, from `log_probs` (N, classes) float32 and `targets` (N,) int64."""
-    actual, predicted = (np.array(vocab)[o] for o in (targets, log_probs.argmax(1)))
-    confused = list_confusions(pd.DataFrame(dict(actual=actual, predicted=predicted)))
-    return f'''{len(targets):,} images, accuracy {percent(accuracy(log_probs, targets).item(), 2)}
-
-{format_table(per_class_scores(log_probs, targets, vocab))}
-
-Most confused:
-{format_table(confused) if len(confused) else 'none'}'''
-
-
 def export_network(learn: Learner, file: Path):
     """Write the network of `learn` to `file`, whose suffix, one of `EXPORTS`, says in which format.
 
@@ -148,10 +136,16 @@ def main(args: list[str] | None = None):
     if not show_progress() or o.csv: learn.remove_cb(ProgressCallback)
     log_probs, *_ = get_log_probs(learn, learn.dls.test_dl(files, bs=512))
     table = list_predictions(files, log_probs, vocab)
-    if o.csv:
-        if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
-        table.to_csv(sys.stdout, index=False, lineterminator='\n')
-    elif targets: print(describe_accuracy(log_probs, tensor(targets), vocab))
+    if targets: table.insert(1, 'actual', [vocab[i] for i in targets])
+    if o.csv: table.to_csv(sys.stdout, index=False, lineterminator='\n')
+    elif targets:
+        confused = list_confusions(table.rename(columns={'class': 'predicted'}))
+        print(f'''{len(files):,} images, accuracy {percent(accuracy(log_probs, tensor(targets)).item(), 2)}
+
+{format_table(per_class_scores(log_probs, tensor(targets), vocab))}
+
+Most confused:
+{format_table(confused) if len(confused) else 'none'}''')
     else: print(f'{format_table(table)}\n\nThe network always names one of its {len(vocab)} classes; of anything else, '
                 'a high probability says nothing.')
 

@@ -2,6 +2,7 @@
 import base64
 
 import jinja2
+import pandas as pd
 from fastai.vision.all import *
 from sklearn.metrics import precision_recall_fscore_support
 from torchvision.io import encode_png
