@@ -21,8 +21,7 @@ def list_images(path: Path) -> L:
 def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
     """All `path/train/<class>/*` and `path/test/<class>/*` images, sorted; of each class one in `every`.
 
-    Where there is no `test`, the folder may be called `valid` or `val`; without `split` they are `<class>/*` in `path`.
-    Raises `InputError` for any other layout.
+    `test` may be called `valid` or `val`; without `split` they are `path/<class>/*`. Raises `InputError`.
     """
     path = Path(path)
     test = first(('test', 'valid', 'val'), lambda name: (path/name).is_dir()) or 'test'
@@ -41,17 +40,13 @@ def image_files(path: str | Path, every: int = 1, split: bool = True) -> L:
 
 
 class RGBImage(PILImage):
-    """A `PILImage` of any file: upright, as its camera noted, with white for what is transparent. It reads all images.
-
-    `create` takes the first image in a file, in bytes or in a PIL image, or an array or tensor. Raises `InputError`.
-    """
+    """A `PILImage` of any file: upright, as its camera noted, with white for what is transparent."""
 
     @classmethod
     def create(cls, fn: Path | str | Tensor | ndarray | bytes | io.IOBase | Image.Image, **kwargs):
-        if isinstance(fn, cls): return fn
+        """The first image in a file or in bytes, or that of a PIL image, array or tensor. Raises `InputError`."""
         try:
-            if isinstance(fn, Tensor | ndarray): fn = super().create(fn)
-            image = fn if isinstance(fn, Image.Image) else Image.open(io.BytesIO(fn) if isinstance(fn, bytes) else fn)
+            image = fn if isinstance(fn, Image.Image) else super().create(fn, mode=None)
             if image.mode in 'FI': raise ValueError('its pixels have 32 bits')
             if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = ImageOps.exif_transpose(image)
@@ -93,15 +88,15 @@ class Augmentation(DisplayedTransform):
 class BatchDL(TfmdDL):
     """A `TfmdDL` that makes whole batches of the decoded images in `dataset.images`, and calls each transform once.
 
-    It does so if every item transform is an `Augmentation`; otherwise it reads item by item, as `TfmdDL`. The images
-    belong on the data set, since `new()`, and so `test_dl`, `predict` and export, drops a loader's own attributes.
+    It asks at every pass whether that is possible; otherwise it reads item by item, as `TfmdDL`. The images belong on
+    the data set, since `new()`, and so `test_dl`, `predict` and export, drops a loader's own attributes.
     """
 
     @property
     def makes_whole_batches(self) -> bool:
-        """Asked at every pass, since transforms and items may change at any time."""
-        return (is_cached(self.dataset) and not self.before_batch.fs and not self.fake_l.num_workers
-                and all(isinstance(o, Augmentation) or type(o) in (ToTensor, CenterResize) for o in self.after_item.fs))
+        ours = all(isinstance(o, Augmentation) or type(o) in (ToTensor, CenterResize) for o in self.after_item.fs)
+        return (ours and 'source' in vars(self.dataset) and self.dataset.source == source_of(self.dataset)
+                and not self.before_batch.fs and not self.fake_l.num_workers)
 
     def create_batches(self, samps):
         if not self.makes_whole_batches: return (yield from super().create_batches(samps))
@@ -113,15 +108,11 @@ class BatchDL(TfmdDL):
 
 
 def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
-    """The `files` decoded, in threads: (N, 3, 32, 32) uint8 in channels-last memory.
-
-    With `resize`, images of another size become 32×32 by their centre square. Raises `InputError`.
-    """
+    """The `files`, (N, 3, 32, 32) uint8 in channels-last memory; `resize` takes centre squares. Raises `InputError`."""
     def decode(file: Path) -> ndarray:
-        image = fit_size(RGBImage.create(file)) if resize else RGBImage.create(file)
-        if image.size == (SIZE, SIZE): return np.array(image)
-        raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre '
-                         'square of every image')
+        image = RGBImage.create(file)
+        if resize or image.size == (SIZE, SIZE): return np.array(fit_size(image))
+        raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre')
 
     # Threads, since Pillow lets others run, and worker processes need shared memory and a guarded script.
     images = parallel(decode, files, n_workers=min(4, defaults.cpus), threadpool=True)
@@ -133,11 +124,6 @@ def source_of(dataset) -> list:
     return [list(dataset.vocab), *((list(tl.items), list(tl.tfms.fs)) for tl in dataset.tls)]
 
 
-def is_cached(dataset) -> bool:
-    """Whether the decoded images of a data set are there, and are still those of its items."""
-    return 'images' in vars(dataset) and source_of(dataset) == dataset.source
-
-
 def cache_images(dls: DataLoaders, resize: bool = False) -> DataLoaders:
     """Decode the images of `dls` into a CUDA GPU's memory, or the CPU's, from where batches go to other devices."""
     device = dls.device if torch.device(dls.device).type == 'cuda' else 'cpu'
@@ -147,16 +133,9 @@ def cache_images(dls: DataLoaders, resize: bool = False) -> DataLoaders:
     return dls
 
 
-def get_images(dataset, places: Sequence[int]) -> Tensor:
-    """The images of a data set at `places`, (n, 3, 32, 32) uint8 on the CPU, decoded before or now."""
-    if is_cached(dataset): return dataset.images[list(places)].cpu()
-    return decode_images([dataset.items[i] for i in places], resize=True)
-
-
 def fingerprint(dls: DataLoaders) -> str:
-    """A digest of the names, in their order, and of the pixels of both sets, which identifies a run's images."""
+    """A digest of the files of both sets and of their names, in their order, which identifies a run's images."""
     digest = hashlib.sha256()
-    for ds in (dls.train_ds, dls.valid_ds):
-        digest.update('\n'.join(f.relative_to(dls.path).as_posix() for f in ds.items).encode(errors='replace'))
-        digest.update(get_images(ds, range_of(ds.items)).permute(0, 2, 3, 1).contiguous().numpy())
+    for file in [*dls.train_ds.items, *dls.valid_ds.items]:
+        digest.update(file.relative_to(dls.path).as_posix().encode(errors='replace') + file.read_bytes())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from fastai.vision.all import *
 from lab import figures
 from lab.errors import RunError
 from lab.gradcam import grad_cam
-from lab.loader import SIZE, get_images, show_progress
+from lab.loader import SIZE, decode_images, show_progress
 from lab.processes import alone
 from lab.report import per_class_scores, percent, write_page, write_report
 from lab.runs import CHECKPOINT, Run, atomic_write, checksum, forecast, nonfatal, save_csv, save_state
@@ -108,7 +108,7 @@ def save_results(run: Run, learn: Learner):
     with learn.no_bar(): log_probs, targets = answers.log_probs, answers.targets = get_log_probs(learn)
     if not log_probs.isfinite().all(): raise RunError('the network gives no numbers; lower --lr-max')
     predicted, losses, wrong = log_probs.argmax(1), F.nll_loss(log_probs, targets, reduction='none'), answers.table()
-    classes, images = per_class_scores(log_probs, targets, dls.vocab), get_images(dls.valid_ds, wrong.index)
+    classes = per_class_scores(log_probs, targets, dls.vocab)
     m = dict(
         parameters=total_params(model)[0], lr_min=run.lrs[0], lr_max=run.lrs[1], precision=run.precision,
         epochs=len(h.rows), batch_size=dls.train.bs, seed=run.options.seed, device=device_name(one_param(model).device),
@@ -125,10 +125,11 @@ def save_results(run: Run, learn: Learner):
     atomic_write(out/'metrics.json', json.dumps(m, indent=2, allow_nan=False).encode() + b'\n')
     report = write_report(m, run.command(), h.rows, h.schedule, wrong, classes)
     atomic_write(out/'report.md', report.encode(errors='backslashreplace'))
-    save_figure(run, 'misclassified.png', figures.draw_misclassified, images[:10], wrong)
     save_figure(run, 'confusion_matrix.png', figures.draw_confusions, targets, predicted, dls.vocab)
     save_figure(run, 'top_losses.png', figures.draw_top_losses, learn, losses)
     with nonfatal(out/'errors.html'):
+        images = decode_images([dls.valid_ds.items[i] for i in wrong.index], resize=True)
+        save_figure(run, 'misclassified.png', figures.draw_misclassified, images[:10], wrong)
         x, = dls.valid.after_batch((TensorImage(images.to(one_param(model).device)),))
         pairs = torch.stack([predicted, targets], 1)[wrong.index].to(x.device)
         page = write_page(m, wrong, classes, images, out, grad_cam(model, x.as_subclass(Tensor), pairs))
