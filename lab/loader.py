@@ -114,8 +114,7 @@ def decode_images(files: Sequence[Path], resize: bool = False) -> Tensor:
         if resize or image.size == (SIZE, SIZE): return np.array(fit_size(image))
         raise InputError(f'{file} is {image.width}×{image.height} pixels, not {SIZE}×{SIZE}; --resize takes the centre')
 
-    # Threads, since Pillow lets others run, and worker processes need shared memory and a guarded script.
-    images = parallel(decode, files, n_workers=min(4, defaults.cpus), threadpool=True)
+    images = parallel(decode, files, n_workers=min(4, defaults.cpus), threadpool=True)  # Pillow lets other threads run
     return torch.from_numpy(np.array(images, np.uint8).reshape(-1, SIZE, SIZE, 3)).permute(0, 3, 1, 2)
 
 

@@ -33,7 +33,7 @@ def test_the_rooms_are_those_of_the_design():
 def test_the_program_grows_no_further():
     """1,750 lines are what it should have; until then, no more than today."""
     lines = {module: len(file.read_text().splitlines()) for module, file in MODULES.items()}
-    assert sum(lines.values()) < 1887, lines
+    assert sum(lines.values()) < 1886, lines
     assert lines['train_fastai'] <= 200
 
 
